@@ -1,0 +1,1 @@
+"""Attention over stored tokens: the arithmetic, apart from where the tokens come from."""

@@ -1,0 +1,456 @@
+"""The compressed cache: where the stages of a plan meet.
+
+    new K, V → sinks (dense) | keep policy → recent (dense) → codec → blocks
+
+A layer first attends to what it holds and to the new tokens, and only then lets go of any: so a chunk loses nothing that its own queries
+were to see. Everything that the layer holds is in three segments, `sink`, `body` and `recent`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+
+from kvfold.attention.reference import Partial, Query, merge
+from kvfold.budget import split_over_heads
+from kvfold.errors import PlanError
+from kvfold.keep.base import KeepContext
+from kvfold.plan import LayerPlan, Plan
+from kvfold.rope import Rope
+from kvfold.segment import Blocks, Run, Segment, join
+
+KERNEL = "torch-reference"
+"""The kernel that attends to compressed segments; every record and `kvfold info` name it."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a layer holds vectors of."""
+
+    num_kv_heads: int
+    head_dim: int
+    num_layers: int
+
+
+class SeenLength(int):
+    """A KV length that says: this layer keeps its own slots, build no mask (see kvfold.models.adapter)."""
+
+
+class Handle:
+    """What `LayerCache.update` returns in place of tensors: new tokens on their way to the attention function."""
+
+    def __init__(self, layer: "LayerCache", k: torch.Tensor, v: torch.Tensor):
+        self.layer, self.k, self.v = layer, k, v
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"this cache is compressed and has no '{name}': the model does not use kvfold's attention. "
+            "Make the cache with kvfold.cache(model, plan), and don't change the attention implementation afterwards"
+        )
+
+
+class LayerCache(CacheLayerMixin):
+    """The cache of one attention layer.
+
+    Tokens are counted in slots, their index in the sequence as the user sees it, padding included. Padding takes up slots but is never stored.
+    """
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, index: int, shape: Shape, plan: LayerPlan, rope: Rope | None = None):
+        super().__init__()
+        self.index, self.shape, self.plan, self.rope = index, shape, plan, rope
+        self.is_croppable = plan.keep is None
+        self.num_seen = 0
+        self.num_real: list[int] = []  # tokens seen that are not padding, for each sequence
+
+    # -- the contract with transformers ----------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Makes the segments. Shapes: `[B, Hkv, S, D]` both."""
+        batch, heads, _, head_dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        rows = batch * heads
+        keep = self.plan.keep
+        codec = self.plan.store.codec(head_dim, self.dtype)
+        scored = keep is not None and keep.scored
+        self.sink = Run.empty(rows, head_dim, self.dtype, self.device, scored=False)
+        self.recent = Run.empty(rows, head_dim, self.dtype, self.device, scored)
+        self.body = Blocks(codec, rows, self.device, contiguous=keep is None, scored=scored)
+        self.num_real = [0] * batch
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Takes `[B, Hkv, Q, D]` of new keys and values; the attention function gets them as a handle, twice."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if len(self.num_real) != key_states.shape[0]:
+            raise ValueError(f"the cache holds {len(self.num_real)} sequences, the input has {key_states.shape[0]}")
+        self.num_seen += key_states.shape[2]
+        handle = Handle(self, key_states, value_states)
+        return handle, handle
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, kept or not: positions and masks count on it."""
+        return self.num_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return SeenLength(self.num_seen + query_length), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.num_real) or -1
+
+    def reset(self) -> None:
+        """Forgets all tokens and gives their memory back."""
+        self.num_seen, self.num_real, self.is_initialized = 0, [], False
+        for name in ("sink", "recent", "body"):
+            self.__dict__.pop(name, None)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens; `tokens_to_remove` is negative, as in transformers.
+
+        Exact where nothing has been evicted. Under a keep policy, what has gone does not come back.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes the number of tokens to remove as a negative number")
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        end = max(0, self.num_seen + tokens_to_remove)
+        removed = self.num_seen - end
+        self.num_seen = end
+        self.num_real = [max(0, n - removed) for n in self.num_real]
+        self.sink = self.sink.where(self.sink.slots < end)
+        self.recent = self.recent.where(self.recent.slots < end)
+        if rest := self.body.crop(end):
+            self.recent = join(Run(rest.k.to(self.dtype), rest.v.to(self.dtype), rest.slots), self.recent)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """The sequences `indices [B']`, in that order; copies share their blocks until they differ."""
+        if not self.is_initialized:
+            return
+        indices = indices.to(self.device)
+        heads = torch.arange(self.shape.num_kv_heads, device=self.device)
+        rows = (indices[:, None] * len(heads) + heads).flatten()
+        self.sink, self.recent = self.sink.rows(rows), self.recent.rows(rows)
+        self.body.select_rows(rows)
+        self.num_real = [self.num_real[i] for i in indices.tolist()]
+
+    # -- attention -------------------------------------------------------------------------------------------------------
+
+    def attend(
+        self, handle: Handle, q: torch.Tensor, padding: torch.Tensor | None, scaling: float, softcap: float | None
+    ) -> torch.Tensor:
+        """Attention of a chunk over everything held and over itself; then the plan is applied to the chunk.
+
+        Args:
+            q: `[B, Hq, Q, D]`.
+            padding: `[B, seen] bool`, False for padding, or None.
+            scaling: what scores are multiplied with.
+            softcap: Gemma 2's cap of the scores, or None.
+
+        Returns:
+            `[B, Q, Hq, D]`, in the type of q.
+        """
+        batch, num_query_heads, num_queries, head_dim = q.shape
+        heads = self.shape.num_kv_heads
+        rows, groups = batch * heads, num_query_heads // heads
+        first = self.num_seen - num_queries
+        slots = torch.arange(first, self.num_seen, device=q.device)
+        real = None if padding is None else padding[:, first : self.num_seen]
+        chunk = self._chunk(handle, slots, real)
+        ranks = self._ranks(num_queries, real, q.device)
+        query = Query(
+            q=(q.float() * scaling).reshape(rows, groups * num_queries, head_dim),
+            slots=slots,
+            num_groups=groups,
+            first_visible=self._first_visible(slots, ranks),
+            softcap=softcap,
+        )
+        chunk = self._fill_sinks(chunk)
+        result = self._attend_all(query, chunk, ranks)
+        self._settle(query, chunk, result.lse)
+        out = result.out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
+        return out.transpose(1, 2).to(q.dtype)
+
+    def _chunk(self, handle: Handle, slots: torch.Tensor, real: torch.Tensor | None) -> Run:
+        """The new tokens as a run, without padding."""
+        batch, heads, num_new, head_dim = handle.k.shape
+        scored = self.plan.keep is not None and self.plan.keep.scored
+        k = handle.k.reshape(batch * heads, num_new, head_dim)
+        v = handle.v.reshape(batch * heads, num_new, head_dim)
+        new_slots = slots.int().expand(batch * heads, -1)
+        if real is not None and not bool(real.all()):
+            mask = real.repeat_interleave(heads, 0)
+            run = Run(k, v, new_slots.masked_fill(~mask, -1)).where(mask)
+            self.num_real = [n + c for n, c in zip(self.num_real, real.sum(1).tolist(), strict=True)]
+        else:
+            run = Run(k, v, new_slots)
+            self.num_real = [n + num_new for n in self.num_real]
+        if scored:
+            assert self.plan.keep is not None
+            run.score = self.plan.keep.first_score(run.k, KeepContext(run.slots.long(), heads, self.index))
+        return run
+
+    def _ranks(self, num_queries: int, real: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """`[B, Q]`: how many tokens of its sequence, padding left out, a query has before it."""
+        after = torch.tensor(self.num_real, device=device)[:, None]
+        if real is None:
+            return after - num_queries + torch.arange(num_queries, device=device)
+        return after - real.sum(1, keepdim=True) + real.long().cumsum(1) - 1
+
+    def _first_visible(self, slots: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor | None:
+        """`[R, Q]`: for strict windows, the first slot that each query sees (sinks aside)."""
+        keep = self.plan.keep
+        if keep is None or not keep.strict:
+            return None
+        first = slots - (self._allowed(ranks + 1) - self.plan.sink) + 1
+        return first.repeat_interleave(self.shape.num_kv_heads, 0)
+
+    def _allowed(self, num_real: torch.Tensor) -> torch.Tensor:
+        """Tokens that a row may hold after so many, sinks included; one beside the sinks at least."""
+        keep = self.plan.keep
+        assert keep is not None
+        in_bytes = self._tokens_in_bytes() if keep.budget.unit == "bytes" else None
+        least = self.plan.sink + 1
+        known = {n: max(least, keep.budget.tokens(n, in_bytes)) for n in set(num_real.flatten().tolist())}
+        allowed = [known[n] for n in num_real.flatten().tolist()]
+        return torch.tensor(allowed, device=num_real.device).view_as(num_real)
+
+    def _fill_sinks(self, chunk: Run) -> Run:
+        """The first tokens of each sequence go to the sinks, where they stay."""
+        missing = self.plan.sink - self.sink.counts()
+        if chunk.width == 0 or not bool((missing > 0).any()):
+            return chunk
+        sinks, chunk = chunk.split(missing.clamp_min(0))
+        sinks.score = None
+        self.sink = join(self.sink, sinks).owned()
+        return chunk
+
+    def _attend_all(self, query: Query, chunk: Run, ranks: torch.Tensor) -> Partial:
+        parts: list[Partial] = []
+        if self.sink.width:
+            parts.append(self.sink.attend(self._query_of_sinks(query, ranks)))
+        for segment in self._moving(chunk):
+            parts.append(segment.attend(query))
+        return merge(parts) if parts else Partial(torch.zeros_like(query.q), query.q.new_zeros(query.q.shape[:2]))
+
+    def _moving(self, chunk: Run) -> list[Segment]:
+        """What a keep policy chooses from, oldest first."""
+        return [segment for segment in (self.body, self.recent, chunk) if segment.width]
+
+    def _query_of_sinks(self, query: Query, ranks: torch.Tensor) -> Query:
+        """Sinks are seen by every query; with re-indexed positions, from as near as the cache is long."""
+        q = query.q
+        keep = self.plan.keep
+        if keep is not None and keep.reindex:
+            assert self.rope is not None
+            gone = (ranks + 1 - self._allowed(ranks + 1)).clamp_min(0)
+            by_query = q.view(len(self.num_real), -1, len(query.slots), q.shape[-1])
+            q = self.rope.rotate(by_query, -gone[:, None]).view_as(q)
+        return Query(q, query.slots, query.num_groups, None, query.softcap)
+
+    # -- applying the plan -----------------------------------------------------------------------------------------------
+
+    def _settle(self, query: Query, chunk: Run, lse: torch.Tensor) -> None:
+        if self.plan.keep is not None:
+            chunk = self._evict(query, chunk, lse)
+        self._store(chunk)
+
+    def _evict(self, query: Query, chunk: Run, lse: torch.Tensor) -> Run:
+        """Lets the keep policy choose among all tokens but the sinks; returns what is left of the chunk."""
+        keep = self.plan.keep
+        assert keep is not None
+        if keep.scored:
+            self._observe(query, chunk, lse)
+        slots = torch.cat([self.body.slots(), self.recent.slots.long(), chunk.slots.long()], 1)
+        heads = self.shape.num_kv_heads
+        allowed = self._allowed(torch.tensor(self.num_real, device=slots.device)).repeat_interleave(heads)
+        allowed = allowed - self.sink.counts()
+        if not bool(((slots >= 0).sum(1) > allowed).any()):
+            return chunk
+        score = torch.zeros(slots.shape, device=slots.device)
+        if keep.scored:
+            assert self.recent.score is not None and chunk.score is not None
+            score = torch.cat([self.body.score(), self.recent.score, chunk.score], 1)
+        rank = keep.rank(score, KeepContext(slots, heads, self.index))
+        pinned = self._pinned(slots, allowed)
+        rank = rank.masked_fill(pinned, torch.inf).masked_fill(slots < 0, -torch.inf)
+        stays = split_over_heads(rank, allowed, heads, keep.heads)
+        of_body, of_recent, of_chunk = stays.split([self.body.width, self.recent.width, chunk.width], 1)
+        gone = ~of_body & (slots[:, : self.body.width] >= 0)
+        if bool(gone.any()):
+            self.body.drop(gone)
+        self.recent = self.recent.where(of_recent)
+        return chunk.where(of_chunk)
+
+    def _pinned(self, slots: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        """The last tokens of each row, as many as the policy's `recent` says."""
+        keep = self.plan.keep
+        assert keep is not None
+        counts = torch.tensor([keep.recent.tokens(n) for n in allowed.tolist()], device=slots.device)
+        return (slots > (slots.amax(1) - counts)[:, None]) & (slots >= 0)
+
+    def _observe(self, query: Query, chunk: Run, lse: torch.Tensor) -> None:
+        """Brings the scores up to date with the attention that tokens have just received."""
+        keep = self.plan.keep
+        assert keep is not None
+        num_queries = len(query.slots)
+        if not (observed := keep.observed(num_queries)):
+            return
+        last = query.last(observed)
+        lse = lse.view(lse.shape[0], query.num_groups, -1)[:, :, -observed:].flatten(1)
+        for segment in self._moving(chunk):
+            received = segment.mass(last, lse)
+            mass = received.mean(1) if keep.group == "mean" else received.amax(1)
+            if isinstance(segment, Blocks):
+                segment.set_score(keep.update(segment.score(), mass, num_queries))
+            elif isinstance(segment, Run):
+                assert segment.score is not None
+                segment.score = keep.update(segment.score, mass, num_queries)
+
+    def _store(self, chunk: Run) -> None:
+        """New tokens join the recent ones; what is older than the dense window is encoded."""
+        if self.body.codec.unit == "token" and self.plan.window == 0:
+            self.body.append(chunk)
+            return
+        dense = join(self.recent, chunk)
+        excess = (dense.counts() - self.plan.window).clamp_min(0)
+        if self.body.codec.unit == "block":
+            excess = excess // self.body.pool.block * self.body.pool.block
+        if bool((excess > 0).any()):
+            old, dense = dense.split(excess)
+            self.body.append(old)
+            self.body.tidy()
+        self.recent = dense.owned()
+
+    def _tokens_in_bytes(self) -> int:
+        """How many tokens fit into this layer's part of a budget of bytes, everything counted."""
+        keep = self.plan.keep
+        assert keep is not None
+        head_dim, block = self.shape.head_dim, self.body.codec.block
+        rows = self.batch_size * self.shape.num_kv_heads
+        per_row = keep.budget.value / self.shape.num_layers / rows
+        probe = torch.zeros(1, 1, block, head_dim, device=self.device)
+        per_block = sum(x.nbytes for x in self.body.codec.encode(probe, probe).values()) + 8
+        per_block += block * (4 + 4 * keep.scored)
+        dense_token = 2 * head_dim * self.dtype.itemsize + 4 + 4 * keep.scored
+        num_dense = self.plan.window + (block - 1 if self.body.codec.unit == "block" else 0)
+        num_blocks = int((per_row - self.plan.sink * dense_token - num_dense * dense_token) // per_block)
+        if num_blocks < 1:
+            least = self.plan.sink * dense_token + num_dense * dense_token + per_block
+            total = least * rows * self.shape.num_layers
+            raise PlanError(f"{keep.budget} is too little for this plan: it needs {total / 2**20:.1f}MiB at least")
+        return self.plan.sink + num_blocks * block
+
+    # -- what is there ---------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor that the layer holds, named by its segment and purpose."""
+        if self.is_initialized:
+            for name, segment in (("sink", self.sink), ("recent", self.recent), ("body", self.body.pool)):
+                for part, tensor in segment.tensors().items():
+                    yield f"{name}.{part}", tensor
+
+    def kept_slots(self) -> list[list[int]]:
+        """For each row (sequence * KV heads + head) the slots of the tokens held, in order."""
+        if not self.is_initialized:
+            return []
+        slots = torch.cat([self.sink.slots.long(), self.body.slots(), self.recent.slots.long()], 1)
+        return [sorted(s for s in row if s >= 0) for row in slots.tolist()]
+
+
+class KVCache(Cache):
+    """A compressed cache for a model: pass it as `past_key_values`. Made by `kvfold.cache`.
+
+    Layers with a sliding window of their own stay as transformers holds them: they are bounded already.
+    """
+
+    def __init__(self, plan: Plan, layers: list[LayerCache | DynamicSlidingWindowLayer], fingerprint: dict[str, Any]):
+        super().__init__(layers=layers)
+        self.plan, self.fingerprint = plan, fingerprint
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that attends to the compressed segments."""
+        return KERNEL
+
+    def tensors(self) -> Iterator[tuple[int, str, torch.Tensor]]:
+        """Every tensor held: layer, `segment.purpose`, tensor."""
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, LayerCache):
+                for name, tensor in layer.tensors():
+                    yield index, name, tensor
+            elif layer.is_initialized:
+                yield index, "sliding.k", layer.keys
+                yield index, "sliding.v", layer.values
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the storages that are really held, each counted once: codes, scales, slots, tables, idle blocks."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, _, t in self.tensors()}
+        return sum(storages.values())
+
+    def memory(self) -> "Memory":
+        """Bytes by layer and component."""
+        return Memory.of(self)
+
+    def save(self, path: Any) -> None:
+        """Writes the cache to a file. See `kvfold.persist`."""
+        from kvfold.persist import save
+
+        save(self, path)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where the bytes are. `rows` maps (layer, component) to bytes; components are `segment.purpose`."""
+
+    rows: dict[tuple[int, str], int]
+    num_seen: int
+
+    @staticmethod
+    def of(cache: KVCache) -> "Memory":
+        rows: dict[tuple[int, str], int] = {}
+        seen: set[int] = set()
+        for layer, name, tensor in cache.tensors():
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                rows[layer, name] = storage.nbytes()
+        return Memory(rows, cache.get_seq_length())
+
+    @property
+    def total(self) -> int:
+        return sum(self.rows.values())
+
+    def by_component(self) -> dict[str, int]:
+        """Bytes of each component over all layers, the largest first."""
+        sums: dict[str, int] = {}
+        for (_, name), size in self.rows.items():
+            sums[name] = sums.get(name, 0) + size
+        return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+    def by_layer(self) -> dict[int, int]:
+        sums: dict[int, int] = {}
+        for (layer, _), size in self.rows.items():
+            sums[layer] = sums.get(layer, 0) + size
+        return sums
+
+    def __str__(self) -> str:
+        lines = [f"{self.total:>13,} bytes for {self.num_seen} tokens"]
+        lines += [f"{size:>13,}   {name}" for name, size in self.by_component().items() if size]
+        return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""The strategies that have a name: what `kvfold strategies` lists, and what `kvfold bench` compares."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kvfold.errors import PlanError
+from kvfold.plan import Plan
+from kvfold.registry import methods, nearest
+
+Changes = Literal["nothing", "which tokens stay", "how tokens are held", "both"]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A named plan.
+
+    Attributes:
+        name: what commands and tables call it.
+        plan: the plan's text.
+        summary: one line.
+        paper: title and link of its source; empty for what has none.
+        demo: whether `make demo` runs it.
+    """
+
+    name: str
+    plan: str
+    summary: str
+    paper: str = ""
+    demo: bool = True
+
+    @property
+    def changes(self) -> Changes:
+        plan = Plan.parse(self.plan)
+        if plan.keep:
+            return "both" if plan.store.name != "dense" else "which tokens stay"
+        return "how tokens are held" if plan.store.name != "dense" else "nothing"
+
+
+_STREAMING = "StreamingLLM, arxiv.org/abs/2309.17453"
+_KIVI = "KIVI, arxiv.org/abs/2402.02750"
+_H2O = "H2O, arxiv.org/abs/2306.14048"
+_SNAPKV = "SnapKV, arxiv.org/abs/2404.14469"
+_QUAROT = "QuaRot, arxiv.org/abs/2404.00456"
+
+_ALL = (
+    Strategy("full", "full", "every token, in the model's own type"),
+    Strategy("window", "window(25%)", "the last quarter of the context", "Longformer, arxiv.org/abs/2004.05150"),
+    Strategy("sink_window", "sink_window(sink=4, window=25%)", "4 sinks and the last quarter, positions re-indexed", _STREAMING),
+    Strategy(
+        "sink_window_fixed",
+        "sink_window(sink=4, window=25%, reindex=false)",
+        "the same, positions as they were",
+        _STREAMING,
+        demo=False,
+    ),
+    Strategy("selective_int8", "protect(sink=16, window=32) | int8", "int8, but the first 16 and last 32 tokens dense"),
+    Strategy("selective_int4", "protect(sink=16, window=32) | int4", "int4, but the first 16 and last 32 tokens dense"),
+    Strategy("int8", "int8", "8-bit integers, K per channel, V per token", _KIVI),
+    Strategy("int4", "int4", "4-bit integers, K per channel, V rotated and per token", f"{_KIVI}; {_QUAROT}"),
+    Strategy("int2", "int2", "2-bit integers, the same way", f"{_KIVI}; {_QUAROT}"),
+    Strategy("int4_token", "int4(k_axis=token, rotate=none, sink=0)", "4-bit integers, K and V per token", demo=False),
+    Strategy("int4_rotated", "int4(k_axis=token, rotate=kv)", "4-bit integers, K and V rotated, per token", _QUAROT, demo=False),
+    Strategy("k8v4", "mixed(k=int8, v=int4)", "8 bits for K, 4 for V", "KVTuner, arxiv.org/abs/2502.04420", demo=False),
+    Strategy("kivi4", "kivi(int4)", "KIVI as published, 4 bits", _KIVI, demo=False),
+    Strategy("kivi2", "kivi(int2)", "KIVI as published, 2 bits", _KIVI, demo=False),
+    Strategy("fp8", "fp8(e4m3)", "8-bit floats, a scale a token", "FP8 formats, arxiv.org/abs/2209.05433"),
+    Strategy("fp8_e5m2", "fp8(e5m2)", "8-bit floats of wider range", "FP8 formats, arxiv.org/abs/2209.05433", demo=False),
+    Strategy("hybrid", "hybrid(edge=2, edge_store=int8) | int4", "int4, but int8 in the first and last two layers"),
+    Strategy("h2o", "h2o(25%)", "heavy hitters and recent tokens, a quarter in all", _H2O),
+    Strategy("h2o_int4", "h2o(50%) | int4", "half of the tokens, in int4", f"{_H2O}; {_KIVI}", demo=False),
+    Strategy("tova", "tova(25%)", "what the newest token looks at", "TOVA, arxiv.org/abs/2401.06104", demo=False),
+    Strategy("snapkv", "snapkv(25%)", "what the last 32 tokens look at", _SNAPKV),
+    Strategy("l2norm", "l2norm(25%)", "keys of small norm", "L2 norm, arxiv.org/abs/2406.11430"),
+    Strategy("random", "random(25%)", "tokens at random beside pinned ones: what eviction must beat"),
+)
+
+STRATEGIES: dict[str, Strategy] = {s.name: s for s in _ALL}
+
+
+def resolve(text: str) -> Plan:
+    """The plan of a strategy's name, or of a plan's text. PlanError when it is neither, with the nearest known word."""
+    name = text.strip()
+    if name in STRATEGIES:
+        return Plan.parse(STRATEGIES[name].plan)
+    known = {*STRATEGIES, *methods("keep"), *methods("store")}
+    if name.replace("_", "").isalnum() and name not in known:
+        raise PlanError(f"unknown strategy or plan '{name}'{nearest(name, known)} ('kvfold strategies' lists all)")
+    return Plan.parse(name)

@@ -1,0 +1,1 @@
+"""Which tokens stay: one policy a file."""

@@ -1,0 +1,62 @@
+"""What the end of the prompt looks at: `snapkv(1024)`.
+
+Li et al., SnapKV: LLM Knows What You are Looking for Before Generation (arXiv 2404.14469), section 4 and Listing 1: the attention of the last `window` queries is summed
+for each earlier token, smoothed along the sequence by a pool of `kernel` tokens, and the best are kept beside the window itself.
+
+    score_t = pool_kernel( Σ_{i in the last window queries} softmax(q_i K^T)_t )
+
+Differs from the paper: prompts are read in chunks, each observed by its own last queries, so that memory is bounded; while text is generated
+(the paper keeps all of it) the observation slides on: each new query adds its attention and the older ones fade by 1/window. Scores
+belong to KV heads, the mean over the group or `group=max`. The paper's repository pools by average or maximum; `pool` names it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from kvfold.budget import Budget, HeadSplit
+from kvfold.errors import PlanError
+from kvfold.keep.base import GroupReduce, Keep, KeepContext, Share
+from kvfold.registry import register
+
+
+@register("keep", "snapkv")
+@dataclass(frozen=True)
+class SnapKV(Keep):
+    """Keeps the last `window` tokens and those that they attend to."""
+
+    budget: Budget
+    window: int = 32
+    kernel: int = 7
+    pool: Literal["max", "mean"] = "max"
+    sink: int = 0
+    group: GroupReduce = "mean"
+    heads: HeadSplit = "uniform"
+
+    @property
+    def recent(self) -> Share:  # type: ignore[override]
+        return Share(self.window, False)
+
+    def check(self) -> None:
+        super().check()
+        if self.kernel % 2 == 0 or self.kernel < 1:
+            raise PlanError(f"snapkv: kernel={self.kernel} must be odd, so that a pool has a middle")
+        if self.window < 1:
+            raise PlanError("snapkv: window=0 observes nothing; give at least 1")
+
+    def observed(self, num_queries: int) -> int:
+        return min(num_queries, self.window)
+
+    def update(self, score: torch.Tensor, mass: torch.Tensor, num_queries: int) -> torch.Tensor:
+        return score * max(0.0, 1 - num_queries / self.window) + mass
+
+    def rank(self, score: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
+        order = ctx.slots.argsort(dim=1, stable=True)
+        by_slot = score.masked_fill(ctx.slots < 0, 0.0).gather(1, order)[:, None]
+        if self.pool == "max":
+            pooled = F.max_pool1d(by_slot, self.kernel, stride=1, padding=self.kernel // 2)
+        else:
+            pooled = F.avg_pool1d(by_slot, self.kernel, stride=1, padding=self.kernel // 2, count_include_pad=False)
+        return torch.empty_like(score).scatter_(1, order, pooled[:, 0])

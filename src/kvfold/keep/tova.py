@@ -1,0 +1,39 @@
+"""Token omission via attention: what the newest token looks at least goes: `tova(25%)`.
+
+Oren et al., Transformers are Multi-State RNNs (arXiv 2401.06104), section 3.2: at every step the token with the lowest attention score of the
+last query, averaged over all heads of the layer, is dropped. Recency needs no rule of its own.
+
+Differs from the paper in that after a prompt's chunk many tokens go at once, ranked by the chunk's last query.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvfold.budget import Budget
+from kvfold.keep.base import Keep, KeepContext, Share
+from kvfold.registry import register
+
+
+@register("keep", "tova")
+@dataclass(frozen=True)
+class Tova(Keep):
+    """Keeps the tokens with the highest attention of the last query; all heads of a layer keep the same."""
+
+    budget: Budget
+    sink: int = 0
+    recent: Share = Share(0, False)
+
+    def observed(self, num_queries: int) -> int:
+        return 1
+
+    def update(self, score: torch.Tensor, mass: torch.Tensor, num_queries: int) -> torch.Tensor:
+        return mass
+
+    def rank(self, score: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
+        # Heads keep the same tokens, but need not hold them at the same places: compare by slot.
+        rows, width = score.shape
+        order = ctx.slots.argsort(dim=1, stable=True)
+        by_slot = score.gather(1, order).view(-1, ctx.num_heads, width)
+        mean = by_slot.mean(1, keepdim=True).expand_as(by_slot).reshape(rows, width)
+        return torch.empty_like(score).scatter_(1, order, mean)

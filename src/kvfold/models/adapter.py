@@ -1,0 +1,228 @@
+"""kvfold's attention in a transformers model, without touching its code.
+
+transformers calls `cache.update(k, v)` and hands what it returns to an attention function chosen by name. kvfold's cache returns a
+handle, and kvfold's function, registered as 'kvfold', lets the layer attend. Everything else that reaches the function (layers with a
+sliding window, a DynamicCache, no cache at all) is computed as usual on plain tensors.
+
+`attach` switches a model over, `detach` puts it back. Importing kvfold changes nothing.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from kvfold.cache import Handle, KVCache, LayerCache, SeenLength, Shape
+from kvfold.errors import ModelError, PlanError
+from kvfold.plan import Plan
+from kvfold.rope import Rope
+
+NAME = "kvfold"
+_PREVIOUS = "_kvfold_previous_attention"
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Makes a model use kvfold's attention. Does nothing when it does already. ModelError when it can't be served."""
+    if model.config._attn_implementation == NAME:
+        return
+    check_model(model)
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+    setattr(model, _PREVIOUS, model.config._attn_implementation)
+    model.set_attn_implementation(NAME)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Gives a model its own attention back."""
+    if (previous := getattr(model, _PREVIOUS, None)) is not None:
+        model.set_attn_implementation(previous)
+        delattr(model, _PREVIOUS)
+
+
+def cache(model: PreTrainedModel, plan: str | Plan) -> KVCache:
+    """A compressed cache for `model.generate(..., past_key_values=cache)` or `model(..., past_key_values=cache)`.
+
+    Attaches kvfold's attention to the model if needed.
+
+    Args:
+        plan: a plan, its text, or the name of a strategy of the catalog.
+
+    Raises:
+        PlanError: the plan can't be read, or does not suit this model.
+        ModelError: the model's attention can't be served; the message says why.
+    """
+    from kvfold.catalog import resolve
+
+    resolved = resolve(plan) if isinstance(plan, str) else plan
+    attach(model)
+    config = model.config.get_text_config(decoder=True)
+    windows = sliding_windows(config)
+    served = [i for i, window in enumerate(windows) if window is None]
+    head_dim = _head_dim(config)
+    shape = Shape(config.num_key_value_heads, head_dim, len(served))
+    layers: list[LayerCache | DynamicSlidingWindowLayer] = []
+    for i, window in enumerate(windows):
+        if window is not None:
+            layers.append(DynamicSlidingWindowLayer(sliding_window=window))
+            continue
+        layer_plan = resolved.layer(served.index(i), len(served))
+        _check_codec(layer_plan.store.codec(head_dim, model.dtype), head_dim, str(resolved))
+        rope = _rope(model, i) if layer_plan.keep and layer_plan.keep.reindex else None
+        layers.append(LayerCache(i, shape, layer_plan, rope))
+    return KVCache(resolved, layers, fingerprint(model))
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """What a saved cache must agree on with the model that goes on with it."""
+    config = model.config.get_text_config(decoder=True)
+    return {
+        "model_type": config.model_type,
+        "num_layers": config.num_hidden_layers,
+        "num_query_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": _head_dim(config),
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "rope": str(getattr(config, "rope_parameters", None)),
+    }
+
+
+def sliding_windows(config: Any) -> list[int | None]:
+    """For each layer the size of its sliding window, or None where it attends to everything."""
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if types is None:
+        types = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+    return [window if t == "sliding_attention" else None for t in types]
+
+
+# -- what can be served ------------------------------------------------------------------------------------------------------
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raises ModelError when the model's attention is not one that kvfold computes."""
+    why = _why_not(model)
+    if why:
+        raise ModelError(f"{type(model).__name__} can't be served: {why}")
+
+
+def _why_not(model: PreTrainedModel) -> str | None:
+    config = model.config
+    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+        return "it has cross attention, and kvfold serves decoders only"
+    config = config.get_text_config(decoder=True)
+    if getattr(config, "kv_lora_rank", None):
+        return "its attention is latent (MLA), which caches no keys and values by head"
+    if not getattr(model, "_supports_attention_backend", False) and not getattr(model, "_supports_sdpa", False):
+        return "its modeling code has attention of its own, not transformers' interface"
+    if getattr(config, "num_key_value_heads", None) is None:
+        return "its configuration does not say how many KV heads it has"
+    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
+        return "its layers share keys and values, so that one layer's tokens are read by another after they were compressed"
+    unknown = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if unknown:
+        return f"it has layers of type {', '.join(sorted(unknown))}; kvfold knows full and sliding attention"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "its attention is bidirectional"
+    attentions = [m for m in model.modules() if hasattr(m, "num_key_value_groups") and hasattr(m, "layer_idx")]
+    if any(isinstance(getattr(m, "sinks", None), nn.Parameter) for m in attentions):
+        return "its softmax has learned sinks"
+    caps = [name for name in vars(config) if "softcap" in name and "final" not in name and getattr(config, name)]
+    if any(name != "attn_logit_softcapping" for name in caps):
+        return f"its scores are capped in a way that is not known here ({', '.join(caps)})"
+    if _head_dim(config) % 4:
+        return f"its head dim {_head_dim(config)} is not a multiple of 4, so that 2-bit codes don't fill bytes"
+    return None
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _check_codec(codec: Any, head_dim: int, plan: str) -> None:
+    probe = torch.zeros(1, codec.block, head_dim)
+    try:
+        codec.encode(probe, probe)
+    except ValueError as error:
+        raise PlanError(f"'{plan}' does not suit a head dim of {head_dim}: {error}") from error
+
+
+def _rope(model: PreTrainedModel, layer: int) -> Rope:
+    """The rotation of a layer's queries, tried against the model's own."""
+    decoder = model.get_decoder()
+    config = model.config.get_text_config(decoder=True)
+    embedding = getattr(decoder, "rotary_emb", None)
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    inv_freq = getattr(embedding, f"{types[layer]}_inv_freq", getattr(embedding, "inv_freq", None))
+    rotate = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
+    if inv_freq is None or rotate is None:
+        raise ModelError("positions can't be re-indexed in this model, it has no rotary embedding; add reindex=false")
+    if "dynamic" in str(getattr(embedding, "rope_type", "")) or "longrope" in str(getattr(embedding, "rope_type", "")):
+        raise ModelError("positions can't be re-indexed where RoPE changes with the length; add reindex=false")
+    rope = Rope(inv_freq.detach().float().cpu())
+    angle = torch.cat([7 * rope.inv_freq] * 2)[None, None]
+    x = torch.randn(1, 1, 1, _head_dim(config), generator=torch.Generator().manual_seed(0))
+    theirs = rotate(x, x, angle.cos(), angle.sin())[0]
+    if not torch.allclose(theirs, rope.rotate(x, torch.tensor(7)), atol=1e-4):
+        raise ModelError("this model pairs its rotary channels in another way; add reindex=false")
+    return rope
+
+
+# -- what transformers calls -------------------------------------------------------------------------------------------------
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function: `query [B, Hq, Q, D]` to `[B, Q, Hq, D]`; key and value are handles or `[B, Hkv, S, D]`."""
+    if kwargs.get("s_aux") is not None:
+        raise ModelError("a softmax with learned sinks can't be served")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, Handle):
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ModelError("a compressed cache takes a 2-D attention mask (batch, tokens), which says where padding is")
+        return key.layer.attend(key, query, attention_mask, scaling, softcap), None
+    return _plain(query, key, value, attention_mask, scaling, softcap), None
+
+
+def _plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap: float | None
+) -> torch.Tensor:
+    """Attention over plain tensors, `mask [B, 1, Q, S] bool` or additive."""
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2)
+    groups = q.shape[1] // k.shape[1]
+    scores = (q * scaling) @ k.repeat_interleave(groups, 1).mT
+    scores = (scores / softcap).tanh() * softcap
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    p = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return (p @ v.repeat_interleave(groups, 1)).transpose(1, 2)
+
+
+def mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """The mask function: a layer of kvfold's gets the padding mask as it is, any other the mask of SDPA, written out."""
+    if isinstance(kwargs.get("kv_length"), SeenLength):
+        if kwargs.get("use_vmap"):
+            raise ModelError("this input asks for a mask that is not causal, which a compressed cache can't apply")
+        padding: torch.Tensor | None = kwargs.get("attention_mask")
+        return padding
+    result: torch.Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    return result

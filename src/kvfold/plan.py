@@ -1,0 +1,252 @@
+"""The plan language: which tokens stay, how they are held.
+
+    full
+    int4
+    sink_window(sink=4, window=1020)
+    protect(sink=16, window=32) | int8
+    h2o(25%) | kivi(int2)
+    hybrid(edge=2, edge_store=int8) | int4
+
+A plan reads from left to right as tokens flow: a keep policy, what is protected from the codec, exceptions for some layers, a codec. Each part may
+be left out. Names and arguments are those of the methods in kvfold.keep and kvfold.store; their dataclass fields are the
+grammar, so that a new method needs no line here.
+"""
+
+import re
+import typing
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Literal, TypeVar
+
+from kvfold.budget import Budget
+from kvfold.errors import PlanError
+from kvfold.keep.base import Keep, Share
+from kvfold.registry import fields_of, methods, nearest
+from kvfold.store.base import Store
+from kvfold.store.dense import Dense
+
+_TOKEN = re.compile(r"\s*(?:([A-Za-z0-9_.%+-]+)|([()|=,]))")
+
+
+@dataclass(frozen=True)
+class Call:
+    """`name(argument, key=value)` as it was written."""
+
+    name: str
+    args: tuple[tuple[str | None, "str | Call"], ...] = ()
+
+    def __str__(self) -> str:
+        if not self.args:
+            return self.name
+        return f"{self.name}({', '.join(str(v) if k is None else f'{k}={v}' for k, v in self.args)})"
+
+
+@dataclass(frozen=True)
+class Protect:
+    """Dense tokens beside a codec: the first `sink`, and at least the last `window`."""
+
+    sink: int = 0
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """Another codec for the first and the last `edge` layers, where errors cost most."""
+
+    edge: int = 2
+    edge_store: Store = field(default_factory=Dense)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer does."""
+
+    keep: Keep | None
+    store: Store
+    sink: int
+    window: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe for a cache. Make one with `Plan.parse`; `str(plan)` is the text it was made from, spaces aside."""
+
+    calls: tuple[Call, ...]
+    keep: Keep | None = None
+    protect: Protect | None = None
+    hybrid: Hybrid | None = None
+    store: Store = field(default_factory=Dense)
+
+    @staticmethod
+    def parse(text: str) -> "Plan":
+        """Reads and checks a plan. Raises PlanError, whose message names the nearest known word."""
+        calls = _Reader(text).plan()
+        if [c.name for c in calls] == ["full"] and not calls[0].args:
+            return Plan(calls)
+        parts: dict[str, Any] = {}
+        for call in calls:
+            stage, value = _stage(call)
+            if stage in parts:
+                raise PlanError(f"'{text}' has two {stage} stages; a plan has at most one")
+            if any(_ORDER.index(later) > _ORDER.index(stage) for later in parts):
+                raise PlanError(f"'{call.name}' comes too late in '{text}': the order is {' | '.join(_ORDER)}")
+            parts[stage] = value
+        for name in ("protect", "hybrid"):
+            if name in parts and "store" not in parts:
+                raise PlanError(f"'{name}' needs a codec to its right, as in '{name} | int4'")
+        if (keep := parts.get("keep")) and (protect := parts.get("protect")):
+            limit = keep.budget
+            if limit.unit == "tokens" and max(protect.sink, keep.sink) >= limit.value:
+                raise PlanError(f"protect(sink={protect.sink}) leaves nothing of a budget of {limit} for other tokens")
+        return Plan(calls, **parts)
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.calls))
+
+    def layer(self, index: int, num_layers: int) -> LayerPlan:
+        """What the layer `index` of `num_layers` attention layers does."""
+        store = self.store
+        if self.hybrid and min(index, num_layers - 1 - index) < self.hybrid.edge:
+            store = self.hybrid.edge_store
+        # A codec's own wish for dense sinks must not turn an eviction policy into one that keeps sinks.
+        sink = self.keep.sink if self.keep else store.sink
+        window = store.window
+        if self.protect:
+            sink = max(self.keep.sink if self.keep else 0, self.protect.sink)
+            window = self.protect.window
+        return LayerPlan(self.keep, store, sink, window)
+
+
+_ORDER = ("keep", "protect", "hybrid", "store")
+_PARTS: dict[str, type] = {"protect": Protect, "hybrid": Hybrid}
+
+T = TypeVar("T")
+
+
+def _stage(call: Call) -> tuple[str, Any]:
+    if call.name in _PARTS:
+        return call.name, _build(call, _PARTS[call.name])
+    for stage in ("keep", "store"):
+        if cls := methods(stage).get(call.name):
+            return stage, _build(call, cls)
+    if call.name == "full":
+        raise PlanError("'full' keeps everything as it is: it stands alone, without arguments")
+    known = ["full", *_PARTS, *methods("keep"), *methods("store")]
+    raise PlanError(f"unknown method '{call.name}'{nearest(call.name, known)} ('kvfold strategies' lists all)")
+
+
+def _build(call: Call, cls: type[T]) -> T:
+    """Turns the arguments of a call into the dataclass `cls`."""
+    fields = fields_of(cls)
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for position, (key, value) in enumerate(call.args):
+        if key is None:
+            if position >= len(fields):
+                raise PlanError(f"{call.name}: too many arguments; it takes {', '.join(fields) or 'none'}")
+            key = list(fields)[position]
+        if key not in fields:
+            takes = f"it takes {', '.join(fields)}" if fields else "it takes none"
+            raise PlanError(f"{call.name}: unknown argument '{key}'{nearest(key, fields)} ({takes})")
+        if key in values:
+            raise PlanError(f"{call.name}: '{key}' is given twice")
+        values[key] = _convert(call.name, key, value, hints[key])
+    for name, f in fields.items():
+        if name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise PlanError(f"{call.name}: '{name}' is missing, as in {call.name}({_EXAMPLE.get(hints[name], '…')})")
+    built = cls(**values)
+    if isinstance(built, (Keep, Store)):
+        built.check()
+    return built
+
+
+_EXAMPLE: dict[Any, str] = {Budget: "25%"}
+
+
+def _convert(method: str, key: str, value: "str | Call", hint: Any) -> Any:
+    where = f"{method}: {key}={value}"
+    if hint is Store:
+        call = value if isinstance(value, Call) else Call(value)
+        if call.name not in methods("store"):
+            raise PlanError(f"{where}: '{call.name}' is not a codec{nearest(call.name, methods('store'))}")
+        return _build(call, methods("store")[call.name])
+    if isinstance(value, Call):
+        raise PlanError(f"{where} can't have arguments of its own")
+    if hint in (Budget, Share):
+        try:
+            return hint.parse(value)
+        except PlanError as error:
+            raise PlanError(f"{method}: {error}") from None
+    if hint is bool:
+        if value in ("true", "false"):
+            return value == "true"
+        raise PlanError(f"{where}: write true or false")
+    if hint is int:
+        if value.isdigit():
+            return int(value)
+        raise PlanError(f"{where}: write a whole number, 0 or more")
+    if typing.get_origin(hint) is Literal:
+        for choice in typing.get_args(hint):
+            if value == str(choice):
+                return choice
+        choices = [str(c) for c in typing.get_args(hint)]
+        raise PlanError(f"{where}: write one of {', '.join(choices)}{nearest(value, choices)}")
+    raise TypeError(f"the plan language has no values of type {hint}")
+
+
+class _Reader:
+    """A recursive descent parser: plan = call {'|' call}; call = name ['(' [arg {',' arg}] ')']; arg = [name '='] call."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.tokens: list[str] = []
+        at = 0
+        while text[at:].strip():
+            match = _TOKEN.match(text, at)
+            if not match:
+                raise PlanError(f"'{text}': can't read '{text[at:].strip()[:12]}'")
+            self.tokens.append(match[1] or match[2])
+            at = match.end()
+        self.at = 0
+
+    def plan(self) -> tuple[Call, ...]:
+        if not self.tokens:
+            raise PlanError("an empty plan; write 'full' to keep everything as it is")
+        calls = [self._call()]
+        while self._take("|"):
+            calls.append(self._call())
+        if self.at < len(self.tokens):
+            raise PlanError(f"'{self.text}': '{self.tokens[self.at]}' is not expected there; stages are joined by '|'")
+        return tuple(calls)
+
+    def _call(self) -> Call:
+        name = self._word()
+        if not self._take("("):
+            return Call(name)
+        args: list[tuple[str | None, str | Call]] = []
+        while not self._take(")"):
+            if args and not self._take(","):
+                raise PlanError(f"'{self.text}': a ',' or ')' is missing after '{args[-1][1]}'")
+            word = self._call()
+            if self._take("="):
+                if word.args:
+                    raise PlanError(f"'{self.text}': '{word}' can't be the name of an argument")
+                value = self._call()
+                args.append((word.name, value if value.args else value.name))
+            else:
+                if any(key for key, _ in args):
+                    raise PlanError(f"'{self.text}': '{word}' needs a name, as it comes after a named argument")
+                args.append((None, word if word.args else word.name))
+        return Call(name, tuple(args))
+
+    def _word(self) -> str:
+        if self.at == len(self.tokens) or self.tokens[self.at] in "()|=,":
+            found = f"'{self.tokens[self.at]}'" if self.at < len(self.tokens) else "the end"
+            raise PlanError(f"'{self.text}': a name or a value is expected, not {found}")
+        self.at += 1
+        return self.tokens[self.at - 1]
+
+    def _take(self, mark: str) -> bool:
+        if self.at < len(self.tokens) and self.tokens[self.at] == mark:
+            self.at += 1
+            return True
+        return False

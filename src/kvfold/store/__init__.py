@@ -1,0 +1,1 @@
+"""How tokens are held: one codec a file."""

@@ -1,0 +1,108 @@
+"""What a codec is: a way to hold K or V in fewer bytes, and to attend without undoing it.
+
+Attention needs two things of a block of tokens X: the products `q · x_t` with a query (for K) and the sum
+`Σ p_t x_t` under probabilities (for V). A codec answers both from the codes, with scales, zero points, tables and
+rotations folded into q, into the scores, into p or into the output; X itself never exists as a whole.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+Fields = dict[str, torch.Tensor]
+"""The tensors that hold encoded tokens: name to `[..., T, *]` (one entry a token) or `[..., *]` (one a block)."""
+
+
+class TensorCodec(ABC):
+    """One way to hold vectors. Stateless: everything that belongs to the data is in the fields.
+
+    Shapes: `...` is any run of leading axes (rows, blocks), T the tokens of a block, D the head dim, M queries.
+    """
+
+    unit: Literal["token", "block"]
+    """What can be encoded alone. `token`: every field has a token axis, and tokens can be moved between blocks without
+    loss. `block`: tokens share numbers (a scale per channel), so that a block is encoded at once."""
+
+    block: int = 64
+    """Tokens a block; all tokens that share a number are in one block."""
+
+    @abstractmethod
+    def encode(self, x: torch.Tensor) -> Fields:
+        """`[..., T, D] float` to fields. A block whose tail is unused repeats a real token there."""
+
+    @abstractmethod
+    def decode(self, fields: Fields) -> torch.Tensor:
+        """Fields to `[..., T, D] float32`: the oracle of `dot` and `combine`, and what moves tokens between blocks."""
+
+    @abstractmethod
+    def dot(self, q: torch.Tensor, fields: Fields) -> torch.Tensor:
+        """`q · x_t` for every token: `[..., M, D] float32` (as `fold_query` returned it) to `[..., M, T] float32`."""
+
+    @abstractmethod
+    def combine(self, p: torch.Tensor, fields: Fields) -> torch.Tensor:
+        """`Σ_t p_t x_t`: `[..., M, T] float32` to `[..., M, D] float32`, before `unfold_output`."""
+
+    def fold_query(self, q: torch.Tensor) -> torch.Tensor:
+        """What is done to queries once, before all blocks (a rotation)."""
+        return q
+
+    def unfold_output(self, out: torch.Tensor) -> torch.Tensor:
+        """What is done to the output once, after all blocks (the rotation back)."""
+        return out
+
+
+@dataclass(frozen=True)
+class KVCodec:
+    """A codec for K and one for V, and the dense tokens that go with them."""
+
+    k: TensorCodec
+    v: TensorCodec
+
+    @property
+    def unit(self) -> Literal["token", "block"]:
+        return "block" if "block" in (self.k.unit, self.v.unit) else "token"
+
+    @property
+    def block(self) -> int:
+        """Tokens a block."""
+        return max(self.k.block, self.v.block)
+
+    def encode(self, k: torch.Tensor, v: torch.Tensor) -> Fields:
+        """`[..., T, D]` each to one dict of fields, named `k.*` and `v.*`."""
+        return join("k", self.k.encode(k)) | join("v", self.v.encode(v))
+
+    def decode(self, fields: Fields) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.k.decode(part("k", fields)), self.v.decode(part("v", fields))
+
+
+def join(name: str, fields: Fields) -> Fields:
+    return {f"{name}.{key}": tensor for key, tensor in fields.items()}
+
+
+def part(name: str, fields: Fields) -> Fields:
+    prefix = f"{name}."
+    return {key[len(prefix) :]: tensor for key, tensor in fields.items() if key.startswith(prefix)}
+
+
+class Store(ABC):
+    """The store stage of a plan. Subclasses are frozen dataclasses; their fields are the plan's arguments.
+
+    `sink` and `window` are the tokens that this method itself wants dense (the first ones, the last ones);
+    `protect(...)` in a plan replaces them.
+    """
+
+    name: ClassVar[str]
+    sink: int
+    window: int
+
+    @abstractmethod
+    def codec(self, head_dim: int, dtype: torch.dtype) -> KVCodec:
+        """The codecs for a layer. Raises PlanError when the method can't hold vectors of this size."""
+
+    def check(self) -> None:
+        """Raises PlanError when the arguments can't work together."""
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, **self.__dict__}

@@ -1,0 +1,63 @@
+"""`int8`, `int4`, `int2`: the codecs to use when nothing else is known, with everything adjustable.
+
+The defaults are the best that were found by KL on real models at no more than 8.5, 4.5 and 2.5 bits an element with everything
+counted, and that hold on models with large k_proj biases; docs/log.md has the comparison.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from kvfold.registry import register
+from kvfold.store.affine import Affine, Axis
+from kvfold.store.base import KVCodec, Store, TensorCodec
+from kvfold.store.rotation import Rotated
+
+Group = Literal[16, 32, 64, 128]
+
+
+@dataclass(frozen=True)
+class _Integer(Store):
+    k_axis: Axis = "channel"
+    v_axis: Axis = "token"
+    k_group: Group = 64
+    v_group: Group = 64
+    symmetric: Literal["none", "k", "v", "kv"] = "none"
+    rotate: Literal["none", "k", "v", "kv"] = "v"
+    sink: int = 4
+    window: int = 0
+    bits: ClassVar[int]
+
+    def codec(self, head_dim: int, dtype: torch.dtype) -> KVCodec:
+        k: TensorCodec = Affine(self.bits, self.k_axis, self.k_group, "k" in self.symmetric)
+        v: TensorCodec = Affine(self.bits, self.v_axis, self.v_group, "v" in self.symmetric)
+        if "k" in self.rotate:
+            k = Rotated(k, head_dim)
+        if "v" in self.rotate:
+            v = Rotated(v, head_dim)
+        return KVCodec(k, v)
+
+
+@register("store", "int8")
+@dataclass(frozen=True)
+class Int8(_Integer):
+    """8-bit integers."""
+
+    bits: ClassVar[int] = 8
+
+
+@register("store", "int4")
+@dataclass(frozen=True)
+class Int4(_Integer):
+    """4-bit integers, two to a byte."""
+
+    bits: ClassVar[int] = 4
+
+
+@register("store", "int2")
+@dataclass(frozen=True)
+class Int2(_Integer):
+    """2-bit integers, four to a byte."""
+
+    bits: ClassVar[int] = 2

@@ -1,0 +1,37 @@
+"""One codec for K and another for V: `mixed(k=int8, v=int4)`.
+
+K needs more bits than V: its errors are amplified by the softmax, those of V are averaged by it (KIVI, arXiv 2402.02750, section 3.2; KVTuner, arXiv
+2502.04420, measures it layer by layer).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvfold.registry import register
+from kvfold.store.base import KVCodec, Store
+from kvfold.store.integer import Int4, Int8
+
+
+@register("store", "mixed")
+@dataclass(frozen=True)
+class Mixed(Store):
+    """K as the first codec holds it, V as the second does."""
+
+    k: Store = Int8()
+    v: Store = Int4()
+
+    @property
+    def sink(self) -> int:  # type: ignore[override]
+        return max(self.k.sink, self.v.sink)
+
+    @property
+    def window(self) -> int:  # type: ignore[override]
+        return max(self.k.window, self.v.window)
+
+    def check(self) -> None:
+        self.k.check()
+        self.v.check()
+
+    def codec(self, head_dim: int, dtype: torch.dtype) -> KVCodec:
+        return KVCodec(self.k.codec(head_dim, dtype).k, self.v.codec(head_dim, dtype).v)
