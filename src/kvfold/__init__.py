@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from kvfold.cache import KVCache
+    from kvfold.kv_cache import KVCache
     from kvfold.models.adapter import attach, cache, detach
     from kvfold.models.load import load
     from kvfold.persist import load_cache
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["KVCache", "Plan", "attach", "cache", "detach", "load", "load_cache"]
 
 _HOME = {
-    "KVCache": "kvfold.cache",
+    "KVCache": "kvfold.kv_cache",
     "Plan": "kvfold.plan",
     "attach": "kvfold.models.adapter",
     "cache": "kvfold.models.adapter",

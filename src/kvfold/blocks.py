@@ -1,8 +1,8 @@
 """A pool of equal blocks and the table that says which of them belong to which row.
 
-A block holds T tokens of one row. Memory is one tensor a field, with a block an index of its first axis; it grows by a sixty-fourth at a time, so
-that appending costs O(1) a token and at most 1.6 % lies idle, and shrinks when blocks become free. Rows that are copies of each other (beams)
-share blocks until one of them writes.
+A block holds T tokens of one row. Memory is one tensor a field, with a block an index of its first axis; it grows by
+a sixty-fourth at a time, so that appending costs O(1) a token and at most 1.6 % lies idle, and shrinks when blocks
+become free. Rows that are copies of each other (beams) share blocks until one of them writes.
 """
 
 import torch
@@ -65,7 +65,7 @@ class BlockPool:
 
     def append_blocks(self, num_before: list[int], encoded: Fields) -> None:
         """The same number of whole blocks for every row, `[R, n, ...]`; row r has `num_before[r]` blocks so far."""
-        num_rows, num_new = next(iter(encoded.values())).shape[:2]
+        num_new = next(iter(encoded.values())).shape[1]
         self.extend([n + num_new for n in num_before])
         columns = torch.tensor(num_before, device=self.device)[:, None] + torch.arange(num_new, device=self.device)
         ids = self.table.gather(1, columns)
@@ -172,15 +172,19 @@ class BlockPool:
         """Moves the used blocks together and gives the rest back, when more than an eighth is free."""
         if len(self._free) <= max(self._capacity // 8, 0):
             return
-        used = self.table[self.table >= 0].unique()
-        renamed = torch.full((self._capacity,), -1, dtype=torch.long, device=self.device)
-        renamed[used] = torch.arange(len(used), device=self.device)
-        self.table = torch.where(self.table >= 0, renamed[self.table.clamp_min(0)], -1)
+        used, self.table = self._renumbered()
         width = int((self.table >= 0).sum(1).max()) if self.table.numel() else 0
         self.table = self.table[:, :width].contiguous()
         self.fields = {name: x[used] for name, x in self.fields.items()}
         self.slots, self.score = self.slots[used], self.score[used]
         self._capacity, self._free = len(used), []
+
+    def _renumbered(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ids of the used blocks, in order, and the table with their place among them instead."""
+        used = self.table[self.table >= 0].unique()
+        place = torch.full((self._capacity,), -1, dtype=torch.long, device=self.device)
+        place[used] = torch.arange(len(used), device=self.device)
+        return used, place[self.table.clamp_min(0)].masked_fill(self.table < 0, -1) if len(used) else self.table
 
     def _collect(self) -> None:
         """Finds the blocks that no row owns."""
@@ -188,6 +192,22 @@ class BlockPool:
         self._free = [i for i in range(self._capacity) if i not in used]
         if self.has_slots and self._free:
             self.slots[torch.tensor(self._free, device=self.device)] = -1
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What `tensors` names, without the idle blocks: what a saved cache holds."""
+        used, table = self._renumbered()
+        return {name: table if name == "table" else x[used] for name, x in self.tensors().items()}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes over what `state` gave; the pool must be new."""
+        self.table = state["table"]
+        used = self.table[self.table >= 0]
+        self._capacity = int(used.max()) + 1 if len(used) else 0
+        self.shared = self._capacity < len(used)
+        self.fields = {name: x for name, x in state.items() if name not in ("table", "slots", "score")}
+        self.has_slots = "slots" in state
+        self.slots = state.get("slots", self.slots.new_empty(self._capacity, 0))
+        self.score = state.get("score", self.score.new_empty(self._capacity, 0))
 
     def _allocate(self, num: int) -> list[int]:
         if (short := num - len(self._free)) > 0:

@@ -10,7 +10,10 @@ import torch
 from kvfold.errors import PlanError
 
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-_BYTES = re.compile(r"(\d+(?:\.\d+)?)(B|KiB|MiB|GiB)")
+# Nine digits are enough for any cache, and never overflow.
+WHOLE = re.compile(r"[0-9]{1,9}")
+PERCENT = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)%")
+_BYTES = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(B|KiB|MiB|GiB)")
 
 HeadSplit = Literal["uniform", "ada"]
 
@@ -33,9 +36,9 @@ class Budget:
         text = text.strip()
         if match := _BYTES.fullmatch(text):
             budget = Budget(float(match[1]) * _UNITS[match[2]], "bytes", text)
-        elif text.endswith("%") and text[:-1].replace(".", "", 1).isdigit():
-            budget = Budget(float(text[:-1]) / 100, "share", text)
-        elif text.isdigit():
+        elif match := PERCENT.fullmatch(text):
+            budget = Budget(float(match[1]) / 100, "share", text)
+        elif WHOLE.fullmatch(text):
             budget = Budget(int(text), "tokens", text)
         else:
             raise PlanError(f"'{text}' is not a budget: write tokens (1024), a share of the context (25%) or bytes (64MiB)")

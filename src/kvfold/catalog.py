@@ -45,7 +45,7 @@ _QUAROT = "QuaRot, arxiv.org/abs/2404.00456"
 _ALL = (
     Strategy("full", "full", "every token, in the model's own type"),
     Strategy("window", "window(25%)", "the last quarter of the context", "Longformer, arxiv.org/abs/2004.05150"),
-    Strategy("sink_window", "sink_window(sink=4, window=25%)", "4 sinks and the last quarter, positions re-indexed", _STREAMING),
+    Strategy("sink_window", "sink_window(sink=4, window=25%)", "4 sinks and the last quarter, re-indexed", _STREAMING),
     Strategy(
         "sink_window_fixed",
         "sink_window(sink=4, window=25%, reindex=false)",
@@ -59,7 +59,7 @@ _ALL = (
     Strategy("int4", "int4", "4-bit integers, K per channel, V rotated and per token", f"{_KIVI}; {_QUAROT}"),
     Strategy("int2", "int2", "2-bit integers, the same way", f"{_KIVI}; {_QUAROT}"),
     Strategy("int4_token", "int4(k_axis=token, rotate=none, sink=0)", "4-bit integers, K and V per token", demo=False),
-    Strategy("int4_rotated", "int4(k_axis=token, rotate=kv)", "4-bit integers, K and V rotated, per token", _QUAROT, demo=False),
+    Strategy("int4_rotated", "int4(k_axis=token, rotate=kv)", "4-bit integers, rotated, per token", _QUAROT, demo=False),
     Strategy("k8v4", "mixed(k=int8, v=int4)", "8 bits for K, 4 for V", "KVTuner, arxiv.org/abs/2502.04420", demo=False),
     Strategy("kivi4", "kivi(int4)", "KIVI as published, 4 bits", _KIVI, demo=False),
     Strategy("kivi2", "kivi(int2)", "KIVI as published, 2 bits", _KIVI, demo=False),

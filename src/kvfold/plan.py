@@ -7,7 +7,8 @@
     h2o(25%) | kivi(int2)
     hybrid(edge=2, edge_store=int8) | int4
 
-A plan reads from left to right as tokens flow: a keep policy, what is protected from the codec, exceptions for some layers, a codec. Each part may
+A plan reads from left to right as tokens flow: a keep policy, what is protected from the codec, exceptions for some
+    layers, a codec. Each part may
 be left out. Names and arguments are those of the methods in kvfold.keep and kvfold.store; their dataclass fields are the
 grammar, so that a new method needs no line here.
 """
@@ -17,7 +18,7 @@ import typing
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, TypeVar
 
-from kvfold.budget import Budget
+from kvfold.budget import WHOLE, Budget
 from kvfold.errors import PlanError
 from kvfold.keep.base import Keep, Share
 from kvfold.registry import fields_of, methods, nearest
@@ -25,6 +26,7 @@ from kvfold.store.base import Store
 from kvfold.store.dense import Dense
 
 _TOKEN = re.compile(r"\s*(?:([A-Za-z0-9_.%+-]+)|([()|=,]))")
+_MAX_DEPTH = 8  # codecs take codecs, so that depth has no natural end, but Python's stack does
 
 
 @dataclass(frozen=True)
@@ -181,9 +183,9 @@ def _convert(method: str, key: str, value: "str | Call", hint: Any) -> Any:
             return value == "true"
         raise PlanError(f"{where}: write true or false")
     if hint is int:
-        if value.isdigit():
+        if WHOLE.fullmatch(value):
             return int(value)
-        raise PlanError(f"{where}: write a whole number, 0 or more")
+        raise PlanError(f"{where}: write a whole number, 0 or more, of nine digits at most")
     if typing.get_origin(hint) is Literal:
         for choice in typing.get_args(hint):
             if value == str(choice):
@@ -218,19 +220,21 @@ class _Reader:
             raise PlanError(f"'{self.text}': '{self.tokens[self.at]}' is not expected there; stages are joined by '|'")
         return tuple(calls)
 
-    def _call(self) -> Call:
+    def _call(self, depth: int = 0) -> Call:
         name = self._word()
         if not self._take("("):
             return Call(name)
+        if depth == _MAX_DEPTH:
+            raise PlanError(f"'{name}(…': parentheses are nested more than {_MAX_DEPTH} deep")
         args: list[tuple[str | None, str | Call]] = []
         while not self._take(")"):
             if args and not self._take(","):
                 raise PlanError(f"'{self.text}': a ',' or ')' is missing after '{args[-1][1]}'")
-            word = self._call()
+            word = self._call(depth + 1)
             if self._take("="):
                 if word.args:
                     raise PlanError(f"'{self.text}': '{word}' can't be the name of an argument")
-                value = self._call()
+                value = self._call(depth + 1)
                 args.append((word.name, value if value.args else value.name))
             else:
                 if any(key for key, _ in args):

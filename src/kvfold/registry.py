@@ -1,5 +1,6 @@
 """The methods that plans can name. A method registers itself where it is written, and then it is in every command."""
 
+import dataclasses
 import difflib
 import importlib
 import pkgutil
@@ -50,4 +51,4 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def fields_of(cls: Any) -> dict[str, Any]:
     """The arguments of a method: name to dataclass field."""
-    return dict(cls.__dataclass_fields__)
+    return {field.name: field for field in dataclasses.fields(cls)}

@@ -7,7 +7,8 @@ import torch
 
 @dataclass(frozen=True)
 class Rope:
-    """RoFormer's rotation (arXiv 2104.09864, equation 34) in the layout of transformers: channel i pairs with i + rotary_dim / 2.
+    """RoFormer's rotation (arXiv 2104.09864, equation 34) in the layout of transformers: channel i pairs with i +
+    rotary_dim / 2.
 
     Rotations add up, R(a) R(b) = R(a + b), so a query that already stands at position p is moved to p + shift by R(shift).
 

@@ -140,11 +140,13 @@ def join(first: Run, second: Run) -> Run:
 class Blocks(Segment):
     """Encoded tokens in blocks of a pool; each row owns a list of blocks.
 
-    Two ways to know the slots: rows that lose no token are contiguous, and a start and a length say it all; rows that a keep policy
+    Two ways to know the slots: rows that lose no token are contiguous, and a start and a length say it all; rows that
+        a keep policy
     thins out hold a slot for every place, -1 where a token has gone, and new tokens fill such holes first.
 
-    A codec whose unit is the token moves tokens between blocks without loss. One whose unit is the block (K per channel) encodes whole
-    blocks; when enough holes have come together, the emptiest blocks are decoded, merged and encoded again.
+    A codec whose unit is the token moves tokens between blocks without loss. One whose unit is the block (K per
+    channel) encodes whole blocks; when enough holes have come together, the emptiest blocks are decoded, merged and
+    encoded again.
     """
 
     def __init__(self, codec: KVCodec, num_rows: int, device: torch.device, *, contiguous: bool, scored: bool):
@@ -261,6 +263,11 @@ class Blocks(Segment):
         if self.starts is not None:
             self.starts = [self.starts[r] for r in rows.tolist()]
             self.lengths = [self.lengths[r] for r in rows.tolist()]
+
+    def restore(self, state: dict[str, torch.Tensor], starts: list[int] | None, lengths: list[int]) -> None:
+        """Takes over the `state` of another one's pool, its starts and lengths; this one must be new."""
+        self.pool.restore(state)
+        self.starts, self.lengths = starts, lengths
 
     # -- how ---------------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """What a keep policy is: a number for each token. The cache does the rest.
 
-After every chunk (a decode step is a chunk of one) a layer has more tokens than the budget allows. Pinned tokens stay: the first `sink`, and
-the last `recent`. Of the others the highest ranks stay, and the rest is gone: its memory is overwritten by the next tokens.
+After every chunk (a decode step is a chunk of one) a layer has more tokens than the budget allows. Pinned tokens
+stay: the first `sink`, and the last `recent`. Of the others the highest ranks stay, and the rest is gone: its memory
+is overwritten by the next tokens.
 """
 
 from abc import ABC
@@ -10,7 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from kvfold.budget import Budget, HeadSplit
+from kvfold.budget import PERCENT, WHOLE, Budget, HeadSplit
 from kvfold.errors import PlanError
 
 GroupReduce = Literal["mean", "max"]
@@ -25,9 +26,9 @@ class Share:
 
     @staticmethod
     def parse(text: str) -> "Share":
-        if text.endswith("%") and text[:-1].replace(".", "", 1).isdigit() and float(text[:-1]) <= 100:
-            return Share(float(text[:-1]) / 100, True)
-        if text.isdigit():
+        if (match := PERCENT.fullmatch(text)) and float(match[1]) <= 100:
+            return Share(float(match[1]) / 100, True)
+        if WHOLE.fullmatch(text):
             return Share(int(text), False)
         raise PlanError(f"'{text}' is neither a number of tokens (32) nor a share of the budget (50%)")
 
@@ -36,6 +37,10 @@ class Share:
 
     def __str__(self) -> str:
         return f"{self.value * 100:g}%" if self.is_share else f"{self.value:g}"
+
+
+NO_TOKENS = Share(0, False)
+HALF = Share(0.5, True)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Keep(ABC):
 
     # What subclasses may have as arguments; these are the values where they don't.
     sink: int = 0
-    recent: Share = Share(0, False)
+    recent: Share = NO_TOKENS
     heads: HeadSplit = "uniform"
     group: GroupReduce = "mean"
 
@@ -96,4 +101,5 @@ class Keep(ABC):
         if self.budget.unit == "tokens" and self.budget.value <= self.sink:
             raise PlanError(f"{self.name}: a budget of {self.budget} leaves nothing beside {self.sink} sinks")
         if self.budget.unit == "tokens" and self.sink + self.recent.tokens(int(self.budget.value)) > self.budget.value:
-            raise PlanError(f"{self.name}: {self.sink} sinks and {self.recent} recent tokens exceed the budget of {self.budget}")
+            too_many = f"{self.sink} sinks and {self.recent} recent tokens"
+            raise PlanError(f"{self.name}: {too_many} exceed the budget of {self.budget}")

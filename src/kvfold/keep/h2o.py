@@ -6,14 +6,15 @@ Zhang et al., H2O: Heavy-Hitter Oracle for Efficient Generative Inference of LLM
 
 Half of the budget is for the recent tokens, as in the paper's experiments.
 
-Differs from the paper in that a score belongs to a KV head: over the query heads of a group it is the mean (or `group=max`). Prompts are read in
-chunks, with eviction after each, so that memory is bounded; the attention that a chunk pays is to what was kept before it.
+Differs from the paper in that a score belongs to a KV head: over the query heads of a group it is the mean (or
+`group=max`). Prompts are read in chunks, with eviction after each, so that memory is bounded; the attention that a chunk
+pays is to what was kept before it.
 """
 
 from dataclasses import dataclass
 
 from kvfold.budget import Budget, HeadSplit
-from kvfold.keep.base import GroupReduce, Keep, Share
+from kvfold.keep.base import HALF, GroupReduce, Keep, Share
 from kvfold.registry import register
 
 
@@ -23,7 +24,7 @@ class H2O(Keep):
     """Keeps the `recent` tokens of the budget, and those with the largest accumulated attention."""
 
     budget: Budget
-    recent: Share = Share(0.5, True)
+    recent: Share = HALF
     sink: int = 0
     group: GroupReduce = "mean"
     heads: HeadSplit = "uniform"

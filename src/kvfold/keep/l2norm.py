@@ -1,8 +1,10 @@
 """Keys of low norm receive high attention, so keys of high norm go: `l2norm(25%)`.
 
-Devoto et al., A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression (arXiv 2406.11430), section 3: needs no attention at all.
+Devoto et al., A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression (arXiv 2406.11430), section 3:
+needs no attention at all.
 
-Differs from the paper: it leaves the first two layers alone, which is a plan's business (`hybrid`), not this policy's; the last tokens can
+Differs from the paper: it leaves the first two layers alone, which is a plan's business (`hybrid`), not this
+    policy's; the last tokens can
 be pinned with `recent`.
 """
 
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from kvfold.budget import Budget, HeadSplit
-from kvfold.keep.base import Keep, KeepContext, Share
+from kvfold.keep.base import NO_TOKENS, Keep, KeepContext, Share
 from kvfold.registry import register
 
 
@@ -21,7 +23,7 @@ class L2Norm(Keep):
     """Keeps the keys with the smallest L2 norm."""
 
     budget: Budget
-    recent: Share = Share(0, False)
+    recent: Share = NO_TOKENS
     sink: int = 0
     heads: HeadSplit = "uniform"
 

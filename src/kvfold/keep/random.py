@@ -1,7 +1,8 @@
 """Tokens at random, beside pinned ones: the baseline that every eviction method must beat: `random(25%)`.
 
-A token's rank is a hash of its slot, head, layer and seed: the same run keeps the same tokens, whatever the chunks were. By default it pins what
-h2o pins (half the budget for recent tokens) and 4 sinks; give it the pins of whatever it is compared with.
+A token's rank is a hash of its slot, head, layer and seed: the same run keeps the same tokens, whatever the chunks
+were. By default it pins what h2o pins (half the budget for recent tokens) and 4 sinks; give it the pins of whatever
+it is compared with.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from kvfold.budget import Budget
-from kvfold.keep.base import Keep, KeepContext, Share
+from kvfold.keep.base import HALF, Keep, KeepContext, Share
 from kvfold.registry import register
 
 
@@ -20,7 +21,7 @@ class Random(Keep):
     """Keeps the first `sink`, the last `recent` and a random choice of the others."""
 
     budget: Budget
-    recent: Share = Share(0.5, True)
+    recent: Share = HALF
     sink: int = 4
     seed: int = 0
     scored: ClassVar[bool] = False

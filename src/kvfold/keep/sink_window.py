@@ -3,8 +3,9 @@
 StreamingLLM: Xiao et al., Efficient Streaming Language Models with Attention Sinks (arXiv 2309.17453), section 3.2. Softmax
 must put its weight somewhere, and models learn to put it on the first tokens; without them attention falls apart.
 
-With `reindex=true`, as in the paper, positions are those inside the cache: the sinks move up to the window. RoPE is relative, so
-instead of touching keys the query is rotated back once for the sinks, by the number of tokens that have gone in between:
+With `reindex=true`, as in the paper, positions are those inside the cache: the sinks move up to the window. RoPE is
+relative, so instead of touching keys the query is rotated back once for the sinks, by the number of tokens that have
+gone in between:
 
     score of a sink = R(-gone) q_i · R(p_s) k_s        gone = max(0, i + 1 - sink - window)
 
@@ -12,7 +13,7 @@ Differs from the paper in that a prompt is seen through the window from its firs
 how it was cut into chunks, and memory stays bounded while it is read.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -29,7 +30,7 @@ class SinkWindow(Keep):
     """Keeps the first `sink` and the last `window` tokens; `window` may be a share of the context."""
 
     sink: int = 4
-    window: Budget = Budget(1020, "tokens", "1020")
+    window: Budget = field(default_factory=lambda: Budget.parse("1020"))
     reindex: bool = True
     scored: ClassVar[bool] = False
     strict: ClassVar[bool] = True

@@ -1,13 +1,16 @@
 """What the end of the prompt looks at: `snapkv(1024)`.
 
-Li et al., SnapKV: LLM Knows What You are Looking for Before Generation (arXiv 2404.14469), section 4 and Listing 1: the attention of the last `window` queries is summed
-for each earlier token, smoothed along the sequence by a pool of `kernel` tokens, and the best are kept beside the window itself.
+Li et al., SnapKV: LLM Knows What You are Looking for Before Generation (arXiv 2404.14469), section 4 and Listing 1:
+the attention of the last `window` queries is summed for each earlier token, smoothed along the sequence by a pool of
+`kernel` tokens, and the best are kept beside the window itself.
 
     score_t = pool_kernel( Σ_{i in the last window queries} softmax(q_i K^T)_t )
 
-Differs from the paper: prompts are read in chunks, each observed by its own last queries, so that memory is bounded; while text is generated
-(the paper keeps all of it) the observation slides on: each new query adds its attention and the older ones fade by 1/window. Scores
-belong to KV heads, the mean over the group or `group=max`. The paper's repository pools by average or maximum; `pool` names it.
+Differs from the paper: prompts are read in chunks, each observed by its own last queries, so that memory is bounded;
+    while text is generated
+(the paper keeps all of it) the observation slides on: each new query adds its attention and the older ones fade by
+1/window. Scores belong to KV heads, the mean over the group or `group=max`. The paper's repository pools by average
+or maximum; `pool` names it.
 """
 
 from dataclasses import dataclass

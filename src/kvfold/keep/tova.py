@@ -1,7 +1,8 @@
 """Token omission via attention: what the newest token looks at least goes: `tova(25%)`.
 
-Oren et al., Transformers are Multi-State RNNs (arXiv 2401.06104), section 3.2: at every step the token with the lowest attention score of the
-last query, averaged over all heads of the layer, is dropped. Recency needs no rule of its own.
+Oren et al., Transformers are Multi-State RNNs (arXiv 2401.06104), section 3.2: at every step the token with the
+lowest attention score of the last query, averaged over all heads of the layer, is dropped. Recency needs no rule of
+its own.
 
 Differs from the paper in that after a prompt's chunk many tokens go at once, ranked by the chunk's last query.
 """
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from kvfold.budget import Budget
-from kvfold.keep.base import Keep, KeepContext, Share
+from kvfold.keep.base import NO_TOKENS, Keep, KeepContext, Share
 from kvfold.registry import register
 
 
@@ -22,7 +23,7 @@ class Tova(Keep):
 
     budget: Budget
     sink: int = 0
-    recent: Share = Share(0, False)
+    recent: Share = NO_TOKENS
 
     def observed(self, num_queries: int) -> int:
         return 1

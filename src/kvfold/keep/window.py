@@ -1,9 +1,10 @@
 """The last tokens, and nothing else: `window(1024)`.
 
-Longformer (arXiv 2004.05150), section 3.1; StreamingLLM (arXiv 2309.17453) calls it window attention and shows that it fails once the
-first tokens are gone. It is here as what other policies must beat.
+Longformer (arXiv 2004.05150), section 3.1; StreamingLLM (arXiv 2309.17453) calls it window attention and shows that
+it fails once the first tokens are gone. It is here as what other policies must beat.
 
-Every query sees itself and the `budget - 1` tokens before it, also within a chunk: results don't depend on how a prompt was cut.
+Every query sees itself and the `budget - 1` tokens before it, also within a chunk: results don't depend on how a
+prompt was cut.
 """
 
 from dataclasses import dataclass

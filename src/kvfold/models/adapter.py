@@ -1,12 +1,14 @@
 """kvfold's attention in a transformers model, without touching its code.
 
-transformers calls `cache.update(k, v)` and hands what it returns to an attention function chosen by name. kvfold's cache returns a
-handle, and kvfold's function, registered as 'kvfold', lets the layer attend. Everything else that reaches the function (layers with a
-sliding window, a DynamicCache, no cache at all) is computed as usual on plain tensors.
+transformers calls `cache.update(k, v)` and hands what it returns to an attention function chosen by name. kvfold's
+cache returns a handle, and kvfold's function, registered as 'kvfold', lets the layer attend. Everything else that
+reaches the function (layers with a sliding window, a DynamicCache, no cache at all) is computed as usual on plain
+tensors.
 
 `attach` switches a model over, `detach` puts it back. Importing kvfold changes nothing.
 """
 
+import hashlib
 import sys
 from typing import Any
 
@@ -18,8 +20,9 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from kvfold.cache import Handle, KVCache, LayerCache, SeenLength, Shape
 from kvfold.errors import ModelError, PlanError
+from kvfold.kv_cache import KVCache
+from kvfold.layer_cache import Handle, LayerCache, SeenLength, Shape
 from kvfold.plan import Plan
 from kvfold.rope import Rope
 
@@ -90,7 +93,14 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
         "rope": str(getattr(config, "rope_parameters", None)),
+        "weights": _weights_mark(model),
     }
+
+
+def _weights_mark(model: PreTrainedModel) -> str:
+    """A hash of 16 numbers of every weight: fine-tunes and roundings of a model can't take each other's caches."""
+    samples = [p.detach().flatten()[:: max(1, p.numel() // 16)][:16].float() for p in model.parameters() if p.numel()]
+    return hashlib.sha256(torch.cat(samples).cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def sliding_windows(config: Any) -> list[int | None]:

@@ -11,6 +11,10 @@ Folding, for a query q and probabilities p (c: codes):
 
 Differs from KIVI in that scales and zeros are rounded outwards before the codes are computed, so that no value is clipped
 and the error is at most half a step of the numbers that are really stored.
+
+Scales per channel cost as much as they save when they are as wide as their groups are short. With `scales="e4m3"`
+they are 8-bit floats times one half precision number a block (double quantization: QLoRA, arXiv 2305.14314, section
+3), rounded up, which makes steps 3 % wider on average.
 """
 
 from dataclasses import dataclass
@@ -26,6 +30,7 @@ _ROUND = 1.001 * 2.0**-11
 _TINY = 2.0**-24  # smallest positive half: keeps steps above zero
 
 Axis = Literal["token", "channel"]
+Scales = Literal["half", "e4m3"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Affine(TensorCodec):
             each `group` of tokens.
         group: numbers that share a scale. Along channels it is taken up to the next divisor of the head dim.
         symmetric: no zero point: levels are s · (c - (2^bits - 1) / 2).
+        scales: how scales per channel are stored; `e4m3` also has a field `base [..., 1]`.
 
     Round trip: |x - decode(encode(x))| <= step / 2, where step is the stored scale.
     """
@@ -46,13 +52,14 @@ class Affine(TensorCodec):
     axis: Axis = "token"
     group: int = 64
     symmetric: bool = False
+    scales: Scales = "half"
 
     @property
     def unit(self) -> Literal["token", "block"]:
         return "token" if self.axis == "token" else "block"
 
     @property
-    def block(self) -> int:  # type: ignore[override]
+    def block(self) -> int:
         return max(64, self.group) if self.axis == "channel" else 64
 
     def _middle(self) -> float:
@@ -69,19 +76,17 @@ class Affine(TensorCodec):
         else:
             zero = _half(low - low.abs() * _ROUND - _TINY)
             step = (high - zero.float()) / levels
-        scale = _half((step * (1 + _ROUND)).clamp_min(_TINY))
-        start = -self._middle() * scale.float() if self.symmetric else zero.float()
-        codes = ((grouped - start) / scale.float()).round_().clamp_(0, levels).to(torch.uint8).view_as(x)
-        fields = {"codes": pack(codes, self.bits), "scale": scale.squeeze(over)}
+        fields = self._store_scale(step.squeeze(over))
         if not self.symmetric:
             fields["zero"] = zero.squeeze(over)
-        return fields
+        scale, start = (y.unsqueeze(over) for y in self._scale_zero(fields))
+        codes = ((grouped - start) / scale).round_().clamp_(0, levels).to(torch.uint8).view_as(x)
+        return {"codes": pack(codes, self.bits)} | fields
 
     def decode(self, fields: Fields) -> torch.Tensor:
         codes = unpack(fields["codes"], self.bits).float()
         over = -1 if self.axis == "token" else -2
-        scale = fields["scale"].float().unsqueeze(over)
-        zero = -self._middle() * scale if self.symmetric else fields["zero"].float().unsqueeze(over)
+        scale, zero = (y.unsqueeze(over) for y in self._scale_zero(fields))
         return (self._grouped(codes) * scale + zero).view_as(codes)
 
     def dot(self, q: torch.Tensor, fields: Fields) -> torch.Tensor:
@@ -110,23 +115,37 @@ class Affine(TensorCodec):
             return torch.cat(parts, dim=-1)
         out: torch.Tensor | float = 0.0
         num_groups = scale.shape[-2]
-        for g, (p_g, codes_g) in enumerate(
-            zip(p.chunk(num_groups, dim=-1), codes.chunk(num_groups, dim=-2), strict=True)
-        ):
+        for g, (p_g, codes_g) in enumerate(zip(p.chunk(num_groups, dim=-1), codes.chunk(num_groups, dim=-2), strict=True)):
             out = out + scale[..., g, None, :] * (p_g @ codes_g) + zero[..., g, None, :] * p_g.sum(-1, keepdim=True)
         assert isinstance(out, torch.Tensor)
         return out
 
+    def _store_scale(self, step: torch.Tensor) -> Fields:
+        """Steps, `[..., T, D/g]` or `[..., T/g, D]`, rounded up to what is stored."""
+        if self.scales == "half":
+            return {"scale": _half_above(step)}
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        base = _half_above(step.amax((-2, -1)) / largest).unsqueeze(-1)
+        wanted = step / base.float().unsqueeze(-1)
+        rounded = wanted.to(torch.float8_e4m3fn)
+        # Codes of positive floats are in order: one more is the next float up. Zero is no step, so it goes up too.
+        too_low = (rounded.float() < wanted) | (rounded.float() == 0)
+        return {"scale": rounded.view(torch.uint8) + too_low.to(torch.uint8), "base": base}
+
     def _scale_zero(self, fields: Fields) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = fields["scale"].float()
+        scale = fields["scale"]
+        if self.scales == "e4m3":
+            scale = scale.view(torch.float8_e4m3fn).float() * fields["base"].float().unsqueeze(-1)
+        scale = scale.float()
         return scale, -self._middle() * scale if self.symmetric else fields["zero"].float()
 
     def _grouped(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., T, D]` to `[..., T, D/g, g]` (token) or `[..., T/g, g, D]` (channel)."""
         *lead, num_tokens, head_dim = x.shape
         if self.axis == "token":
-            return x.view(*lead, num_tokens, -1, channel_group(head_dim, self.group))
-        return x.view(*lead, -1, self.group, head_dim)
+            width = channel_group(head_dim, self.group)
+            return x.view(*lead, num_tokens, head_dim // width, width)
+        return x.view(*lead, num_tokens // self.group, self.group, head_dim)
 
 
 def channel_group(head_dim: int, group: int) -> int:
@@ -136,6 +155,11 @@ def channel_group(head_dim: int, group: int) -> int:
 
 def _chunks(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return x.chunk(scale.shape[-1], dim=-1)
+
+
+def _half_above(step: torch.Tensor) -> torch.Tensor:
+    """Rounded up; half a smallest step covers the numbers so small that halves lie evenly."""
+    return _half((step * (1 + _ROUND) + _TINY / 2).clamp_min(_TINY))
 
 
 def _half(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ rotations folded into q, into the scores, into p or into the output; X itself ne
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -25,8 +25,10 @@ class TensorCodec(ABC):
     """What can be encoded alone. `token`: every field has a token axis, and tokens can be moved between blocks without
     loss. `block`: tokens share numbers (a scale per channel), so that a block is encoded at once."""
 
-    block: int = 64
-    """Tokens a block; all tokens that share a number are in one block."""
+    @property
+    def block(self) -> int:
+        """Tokens a block; all tokens that share a number are in one block."""
+        return 64
 
     @abstractmethod
     def encode(self, x: torch.Tensor) -> Fields:
@@ -101,8 +103,5 @@ class Store(ABC):
     def codec(self, head_dim: int, dtype: torch.dtype) -> KVCodec:
         """The codecs for a layer. Raises PlanError when the method can't hold vectors of this size."""
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027  (most methods have nothing to check)
         """Raises PlanError when the arguments can't work together."""
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": self.name, **self.__dict__}

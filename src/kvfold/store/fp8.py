@@ -35,7 +35,8 @@ class Float8(TensorCodec):
         if not self.scaled:
             return {"codes": x.clamp(-largest, largest).to(dtype).view(torch.uint8)}
         # Rounded up to a half, so that no value goes beyond the format's range.
-        scale = (x.abs().amax(-1, keepdim=True) / largest * (1 + 2.0**-10)).clamp(2.0**-24, 65504.0).half()
+        scale = x.abs().amax(-1, keepdim=True) / largest * (1 + 2.0**-10) + 2.0**-25
+        scale = scale.clamp(2.0**-24, 65504.0).half()
         codes = (x / scale.float()).clamp_(-largest, largest).to(dtype)
         return {"codes": codes.view(torch.uint8), "scale": scale}
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 
 from kvfold.registry import register
-from kvfold.store.affine import Affine, Axis
+from kvfold.store.affine import Affine, Axis, Scales
 from kvfold.store.base import KVCodec, Store, TensorCodec
 from kvfold.store.rotation import Rotated
 
@@ -23,14 +23,16 @@ class _Integer(Store):
     v_axis: Axis = "token"
     k_group: Group = 64
     v_group: Group = 64
-    symmetric: Literal["none", "k", "v", "kv"] = "none"
+    k_scales: Scales = "e4m3"
+    symmetric: Literal["none", "k", "v", "kv"] = "v"
     rotate: Literal["none", "k", "v", "kv"] = "v"
     sink: int = 4
     window: int = 0
     bits: ClassVar[int]
 
     def codec(self, head_dim: int, dtype: torch.dtype) -> KVCodec:
-        k: TensorCodec = Affine(self.bits, self.k_axis, self.k_group, "k" in self.symmetric)
+        k_scales = self.k_scales if self.k_axis == "channel" else "half"
+        k: TensorCodec = Affine(self.bits, self.k_axis, self.k_group, "k" in self.symmetric, k_scales)
         v: TensorCodec = Affine(self.bits, self.v_axis, self.v_group, "v" in self.symmetric)
         if "k" in self.rotate:
             k = Rotated(k, head_dim)

@@ -1,7 +1,8 @@
 """KIVI: K in groups per channel, V in groups per token, the newest tokens dense: `kivi(int2)`.
 
-Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache (arXiv 2402.02750), section 3.3 and Algorithm 1. The defaults are the
-paper's: groups of 32 and a residual of 128 tokens in full precision. Two bits with a half precision scale and zero for 32 numbers are 3 bits.
+Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache (arXiv 2402.02750), section 3.3 and
+Algorithm 1. The defaults are the paper's: groups of 32 and a residual of 128 tokens in full precision. Two bits with
+a half precision scale and zero for 32 numbers are 3 bits.
 
 Differs from the paper in that the residual leaves in blocks of 64 tokens: it holds `residual` to `residual + 63` of them.
 """

@@ -1,10 +1,11 @@
 """One codec for K and another for V: `mixed(k=int8, v=int4)`.
 
-K needs more bits than V: its errors are amplified by the softmax, those of V are averaged by it (KIVI, arXiv 2402.02750, section 3.2; KVTuner, arXiv
+K needs more bits than V: its errors are amplified by the softmax, those of V are averaged by it (KIVI, arXiv
+    2402.02750, section 3.2; KVTuner, arXiv
 2502.04420, measures it layer by layer).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,8 +19,8 @@ from kvfold.store.integer import Int4, Int8
 class Mixed(Store):
     """K as the first codec holds it, V as the second does."""
 
-    k: Store = Int8()
-    v: Store = Int4()
+    k: Store = field(default_factory=Int8)
+    v: Store = field(default_factory=Int4)
 
     @property
     def sink(self) -> int:  # type: ignore[override]

@@ -29,7 +29,7 @@ class Rotated(TensorCodec):
         return self.inner.unit
 
     @property
-    def block(self) -> int:  # type: ignore[override]
+    def block(self) -> int:
         return self.inner.block
 
     def _matrix(self, like: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""The compressed cache: where the stages of a plan meet.
+"""The cache of one layer: where the stages of a plan meet.
 
     new K, V → sinks (dense) | keep policy → recent (dense) → codec → blocks
 
-A layer first attends to what it holds and to the new tokens, and only then lets go of any: so a chunk loses nothing that its own queries
+A layer first attends to what it holds and to the new tokens, and only then lets go of any: so a chunk loses nothing
+    that its own queries
 were to see. Everything that the layer holds is in three segments, `sink`, `body` and `recent`.
 """
 
@@ -11,18 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from kvfold.attention.reference import Partial, Query, merge
 from kvfold.budget import split_over_heads
 from kvfold.errors import PlanError
 from kvfold.keep.base import KeepContext
-from kvfold.plan import LayerPlan, Plan
+from kvfold.plan import LayerPlan
 from kvfold.rope import Rope
 from kvfold.segment import Blocks, Run, Segment, join
-
-KERNEL = "torch-reference"
-"""The kernel that attends to compressed segments; every record and `kvfold info` name it."""
+from kvfold.store.base import part
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,8 @@ class Handle:
 class LayerCache(CacheLayerMixin):
     """The cache of one attention layer.
 
-    Tokens are counted in slots, their index in the sequence as the user sees it, padding included. Padding takes up slots but is never stored.
+    Tokens are counted in slots, their index in the sequence as the user sees it, padding included. Padding takes up
+    slots but is never stored.
     """
 
     is_sliding = False
@@ -177,12 +177,16 @@ class LayerCache(CacheLayerMixin):
             q=(q.float() * scaling).reshape(rows, groups * num_queries, head_dim),
             slots=slots,
             num_groups=groups,
-            first_visible=self._first_visible(slots, ranks),
+            first_visible=self._first_visible(slots, ranks, padding),
             softcap=softcap,
         )
         chunk = self._fill_sinks(chunk)
         result = self._attend_all(query, chunk, ranks)
-        self._settle(query, chunk, result.lse)
+        lse = result.lse
+        if real is not None:  # padding asks nothing: no token gains by its queries
+            asks = real.repeat_interleave(heads, 0).repeat(1, groups)
+            lse = lse.masked_fill(~asks, torch.inf)
+        self._settle(query, chunk, lse)
         out = result.out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
         return out.transpose(1, 2).to(q.dtype)
 
@@ -212,12 +216,17 @@ class LayerCache(CacheLayerMixin):
             return after - num_queries + torch.arange(num_queries, device=device)
         return after - real.sum(1, keepdim=True) + real.long().cumsum(1) - 1
 
-    def _first_visible(self, slots: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor | None:
+    def _first_visible(self, slots: torch.Tensor, ranks: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor | None:
         """`[R, Q]`: for strict windows, the first slot that each query sees (sinks aside)."""
         keep = self.plan.keep
         if keep is None or not keep.strict:
             return None
-        first = slots - (self._allowed(ranks + 1) - self.plan.sink) + 1
+        window = self._allowed(ranks + 1) - self.plan.sink
+        if padding is None:
+            first = slots - window + 1
+        else:  # padding may lie between the turns of a batch: count real tokens, not slots
+            real_so_far = padding[:, : self.num_seen].long().cumsum(1)
+            first = torch.searchsorted(real_so_far, (ranks + 2 - window).contiguous())
         return first.repeat_interleave(self.shape.num_kv_heads, 0)
 
     def _allowed(self, num_real: torch.Tensor) -> torch.Tensor:
@@ -284,7 +293,8 @@ class LayerCache(CacheLayerMixin):
             return chunk
         score = torch.zeros(slots.shape, device=slots.device)
         if keep.scored:
-            assert self.recent.score is not None and chunk.score is not None
+            assert self.recent.score is not None
+            assert chunk.score is not None
             score = torch.cat([self.body.score(), self.recent.score, chunk.score], 1)
         rank = keep.rank(score, KeepContext(slots, heads, self.index))
         pinned = self._pinned(slots, allowed)
@@ -301,8 +311,13 @@ class LayerCache(CacheLayerMixin):
         """The last tokens of each row, as many as the policy's `recent` says."""
         keep = self.plan.keep
         assert keep is not None
-        counts = torch.tensor([keep.recent.tokens(n) for n in allowed.tolist()], device=slots.device)
-        return (slots > (slots.amax(1) - counts)[:, None]) & (slots >= 0)
+        counts = [min(keep.recent.tokens(n), n, slots.shape[1]) for n in allowed.tolist()]
+        if not max(counts):
+            return torch.zeros_like(slots, dtype=torch.bool)
+        latest = slots.topk(max(counts), dim=1).values
+        last = torch.tensor(counts, device=slots.device)[:, None]
+        oldest_pinned = latest.gather(1, (last - 1).clamp_min(0))
+        return (slots >= oldest_pinned) & (slots >= 0) & (last > 0)
 
     def _observe(self, query: Query, chunk: Run, lse: torch.Tensor) -> None:
         """Brings the scores up to date with the attention that tokens have just received."""
@@ -326,6 +341,7 @@ class LayerCache(CacheLayerMixin):
         """New tokens join the recent ones; what is older than the dense window is encoded."""
         if self.body.codec.unit == "token" and self.plan.window == 0:
             self.body.append(chunk)
+            self.body.tidy()
             return
         dense = join(self.recent, chunk)
         excess = (dense.counts() - self.plan.window).clamp_min(0)
@@ -356,6 +372,31 @@ class LayerCache(CacheLayerMixin):
             raise PlanError(f"{keep.budget} is too little for this plan: it needs {total / 2**20:.1f}MiB at least")
         return self.plan.sink + num_blocks * block
 
+    # -- saving ----------------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """All that the layer holds, idle blocks left out: tensors by `segment.purpose`, and numbers, fit for JSON."""
+        numbers: dict[str, Any] = {"num_seen": self.num_seen, "num_real": self.num_real}
+        if not self.is_initialized:
+            return {}, numbers
+        segments = {"sink": self.sink.tensors(), "recent": self.recent.tensors(), "body": self.body.pool.state()}
+        tensors = {f"{name}.{part}": x for name, parts in segments.items() for part, x in parts.items()}
+        return tensors, numbers | {"starts": self.body.starts, "lengths": self.body.lengths}
+
+    def restore(
+        self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Takes over what `state` gave; the layer must be new and of the same plan. `dtype` is the model's."""
+        if not tensors:
+            return
+        batch, heads, head_dim = len(numbers["num_real"]), self.shape.num_kv_heads, self.shape.head_dim
+        none = torch.empty(batch, heads, 0, head_dim, dtype=dtype, device=device)
+        self.lazy_initialization(none, none)
+        self.num_seen, self.num_real = numbers["num_seen"], list(numbers["num_real"])
+        held = {name: part(name, tensors) for name in ("sink", "recent", "body")}
+        self.sink, self.recent = Run(**held["sink"]), Run(**held["recent"])
+        self.body.restore(held["body"], numbers["starts"], list(numbers["lengths"]))
+
     # -- what is there ---------------------------------------------------------------------------------------------------
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -371,86 +412,3 @@ class LayerCache(CacheLayerMixin):
             return []
         slots = torch.cat([self.sink.slots.long(), self.body.slots(), self.recent.slots.long()], 1)
         return [sorted(s for s in row if s >= 0) for row in slots.tolist()]
-
-
-class KVCache(Cache):
-    """A compressed cache for a model: pass it as `past_key_values`. Made by `kvfold.cache`.
-
-    Layers with a sliding window of their own stay as transformers holds them: they are bounded already.
-    """
-
-    def __init__(self, plan: Plan, layers: list[LayerCache | DynamicSlidingWindowLayer], fingerprint: dict[str, Any]):
-        super().__init__(layers=layers)
-        self.plan, self.fingerprint = plan, fingerprint
-
-    @property
-    def kernel(self) -> str:
-        """The kernel that attends to the compressed segments."""
-        return KERNEL
-
-    def tensors(self) -> Iterator[tuple[int, str, torch.Tensor]]:
-        """Every tensor held: layer, `segment.purpose`, tensor."""
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, LayerCache):
-                for name, tensor in layer.tensors():
-                    yield index, name, tensor
-            elif layer.is_initialized:
-                yield index, "sliding.k", layer.keys
-                yield index, "sliding.v", layer.values
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of the storages that are really held, each counted once: codes, scales, slots, tables, idle blocks."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, _, t in self.tensors()}
-        return sum(storages.values())
-
-    def memory(self) -> "Memory":
-        """Bytes by layer and component."""
-        return Memory.of(self)
-
-    def save(self, path: Any) -> None:
-        """Writes the cache to a file. See `kvfold.persist`."""
-        from kvfold.persist import save
-
-        save(self, path)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Where the bytes are. `rows` maps (layer, component) to bytes; components are `segment.purpose`."""
-
-    rows: dict[tuple[int, str], int]
-    num_seen: int
-
-    @staticmethod
-    def of(cache: KVCache) -> "Memory":
-        rows: dict[tuple[int, str], int] = {}
-        seen: set[int] = set()
-        for layer, name, tensor in cache.tensors():
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                rows[layer, name] = storage.nbytes()
-        return Memory(rows, cache.get_seq_length())
-
-    @property
-    def total(self) -> int:
-        return sum(self.rows.values())
-
-    def by_component(self) -> dict[str, int]:
-        """Bytes of each component over all layers, the largest first."""
-        sums: dict[str, int] = {}
-        for (_, name), size in self.rows.items():
-            sums[name] = sums.get(name, 0) + size
-        return dict(sorted(sums.items(), key=lambda item: -item[1]))
-
-    def by_layer(self) -> dict[int, int]:
-        sums: dict[int, int] = {}
-        for (layer, _), size in self.rows.items():
-            sums[layer] = sums.get(layer, 0) + size
-        return sums
-
-    def __str__(self) -> str:
-        lines = [f"{self.total:>13,} bytes for {self.num_seen} tokens"]
-        lines += [f"{size:>13,}   {name}" for name, size in self.by_component().items() if size]
-        return "\n".join(lines)

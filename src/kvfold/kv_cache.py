@@ -1,0 +1,97 @@
+"""The cache of a model: its layers, its bytes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+
+from kvfold.layer_cache import LayerCache
+from kvfold.plan import Plan
+
+KERNEL = "torch-reference"
+"""The kernel that attends to compressed segments; every record and `kvfold info` name it."""
+
+
+class KVCache(Cache):
+    """A compressed cache for a model: pass it as `past_key_values`. Made by `kvfold.cache`.
+
+    Layers with a sliding window of their own stay as transformers holds them: they are bounded already.
+    """
+
+    def __init__(self, plan: Plan, layers: list[LayerCache | DynamicSlidingWindowLayer], fingerprint: dict[str, Any]):
+        super().__init__(layers=layers)
+        self.plan, self.fingerprint = plan, fingerprint
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that attends to the compressed segments."""
+        return KERNEL
+
+    def tensors(self) -> Iterator[tuple[int, str, torch.Tensor]]:
+        """Every tensor held: layer, `segment.purpose`, tensor."""
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, LayerCache):
+                for name, tensor in layer.tensors():
+                    yield index, name, tensor
+            elif layer.is_initialized:
+                yield index, "sliding.k", layer.keys
+                yield index, "sliding.v", layer.values
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the storages that are really held, each counted once: codes, scales, slots, tables, idle blocks."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, _, t in self.tensors()}
+        return sum(storages.values())
+
+    def memory(self) -> "Memory":
+        """Bytes by layer and component."""
+        return Memory.of(self)
+
+    def save(self, path: Any) -> None:
+        """Writes the cache to a file. See `kvfold.persist`."""
+        from kvfold.persist import save
+
+        save(self, path)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where the bytes are. `rows` maps (layer, component) to bytes; components are `segment.purpose`."""
+
+    rows: dict[tuple[int, str], int]
+    num_seen: int
+
+    @staticmethod
+    def of(cache: KVCache) -> "Memory":
+        rows: dict[tuple[int, str], int] = {}
+        seen: set[int] = set()
+        for layer, name, tensor in cache.tensors():
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                rows[layer, name] = storage.nbytes()
+        return Memory(rows, cache.get_seq_length())
+
+    @property
+    def total(self) -> int:
+        return sum(self.rows.values())
+
+    def by_component(self) -> dict[str, int]:
+        """Bytes of each component over all layers, the largest first."""
+        sums: dict[str, int] = {}
+        for (_, name), size in self.rows.items():
+            sums[name] = sums.get(name, 0) + size
+        return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+    def by_layer(self) -> dict[int, int]:
+        sums: dict[int, int] = {}
+        for (layer, _), size in self.rows.items():
+            sums[layer] = sums.get(layer, 0) + size
+        return sums
+
+    def __str__(self) -> str:
+        lines = [f"{self.total:>13,} bytes for {self.num_seen} tokens"]
+        lines += [f"{size:>13,}   {name}" for name, size in self.by_component().items() if size]
+        return "\n".join(lines)
