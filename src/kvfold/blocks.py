@@ -41,6 +41,11 @@ class BlockPool:
         ids = self.table.gather(1, place // self.block)
         return ids * self.block + place % self.block
 
+    def gather(self, ids: torch.Tensor) -> Fields:
+        """The fields of the blocks `ids [R, C]`: `[R, C, ...]`."""
+        flat = ids.flatten()
+        return {name: x.index_select(0, flat).view(*ids.shape, *x.shape[1:]) for name, x in self.fields.items()}
+
     def tensors(self) -> dict[str, torch.Tensor]:
         named = dict(self.fields)
         named["table"] = self.table
@@ -132,10 +137,13 @@ class BlockPool:
     # -- sharing ---------------------------------------------------------------------------------------------------------
 
     def select_rows(self, rows: torch.Tensor) -> None:
+        fewer = len(rows) < self.table.shape[0]
         self.table = self.table[rows.to(self.device)]
         used = self.table[self.table >= 0]
         self.shared = len(used.unique()) < len(used)
         self._collect()
+        if fewer:  # beams that are only reordered will need the free blocks at the next token
+            self.shrink()
 
     def own(self, first_column: int = 0) -> None:
         """Copies shared blocks from `first_column` on, so that every row can write to its own."""

@@ -197,9 +197,10 @@ class Blocks(Segment):
         slots = self.slots()
         columns = max(1, TILE_TOKENS // pool.block)
         for start in range(0, pool.table.shape[1], columns):
-            ids = pool.table[:, start : start + columns].clamp_min(0)
-            fields = {name: x[ids] for name, x in pool.fields.items()}
-            yield Tile(fields, slots[:, start * pool.block : (start + columns) * pool.block])
+            fields = pool.gather(pool.table[:, start : start + columns].clamp_min(0))
+            end = (start + columns) * pool.block
+            whole = self.contiguous and min(self.lengths) >= min(end, self.width)
+            yield Tile(fields, slots[:, start * pool.block : end], whole=whole)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """All tokens decoded, `[R, width, D] float32` twice, and their slots: for tests, never for attention."""
@@ -248,10 +249,8 @@ class Blocks(Segment):
         rest = None
         if self.codec.unit == "block":
             whole = [n // self.pool.block * self.pool.block for n in kept]
-            k, v, slots = self.dense()
-            low, high = torch.tensor(whole)[:, None], torch.tensor(kept)[:, None]
-            place = torch.arange(self.width)[None]
-            rest = Run(k, v, slots.int()).where(((place >= low) & (place < high)).to(slots.device))
+            if whole != kept:
+                rest = self._cut_blocks(whole, kept)
             kept = whole
         self.lengths = kept
         self.pool.cut([-(-n // self.pool.block) for n in kept])
@@ -285,6 +284,18 @@ class Blocks(Segment):
                 return False
         return True
 
+    def _cut_blocks(self, whole: list[int], kept: list[int]) -> Run:
+        """The tokens from place `whole[r]` to `kept[r]` of each row, decoded: less than a block."""
+        pool = self.pool
+        start = torch.tensor(whole, device=pool.device)[:, None]
+        count = torch.tensor(kept, device=pool.device)[:, None] - start
+        ids = pool.table.gather(1, (start // pool.block).clamp_max(pool.table.shape[1] - 1))[:, 0].clamp_min(0)
+        k, v = self.codec.decode({name: x[ids] for name, x in pool.fields.items()})
+        offset = torch.arange(pool.block, device=pool.device)
+        slots = torch.tensor(self.starts, device=pool.device)[:, None] + start + offset
+        present = offset < count
+        return Run(k, v, slots.masked_fill(~present, -1).int()).where(present)
+
     def _keep_slots(self) -> None:
         """From a start and a length to a slot for every place."""
         slots = self.slots().view(*self.pool.table.shape, self.pool.block)
@@ -294,35 +305,53 @@ class Blocks(Segment):
     def _write_tokens(self, run: Run) -> None:
         pool = self.pool
         counts = run.counts()
-        rank = torch.arange(run.width, device=pool.device)
-        if self.contiguous:
-            lengths = torch.tensor(self.lengths, device=pool.device)
-            place = lengths[:, None] + rank
-            self.lengths = [n + c for n, c in zip(self.lengths, counts.tolist(), strict=True)]
-            pool.extend([-(-n // pool.block) for n in self.lengths])
-            pool.own(first_column=int(lengths.min()) // pool.block)
+        place = self._next_places(counts, run.width) if self.contiguous else self._free_places(counts, run.width)
+        encoded = self.codec.encode(run.k, run.v)
+        slots, score = run.slots, run.score
+        if bool((counts == run.width).all()):
+            addresses = pool.places(place).flatten()
+            written = {name: x.flatten(0, 1) for name, x in encoded.items()}
+            slots, score = slots.flatten(), None if score is None else score.flatten()
         else:
-            free = self.slots() < 0
-            if pool.table.shape[1]:
-                free &= pool.table.repeat_interleave(pool.block, 1) >= 0
-            missing = (counts - free.sum(1)).clamp_min(0)
+            valid = torch.arange(run.width, device=pool.device) < counts[:, None]
+            addresses = pool.places(torch.where(valid, place, 0))[valid]
+            written = {name: x[valid] for name, x in encoded.items()}
+            slots, score = slots[valid], None if score is None else score[valid]
+        pool.write_tokens(addresses, written)
+        if pool.has_slots:
+            pool.slots.view(-1)[addresses] = slots
+        if pool.scored and score is not None:
+            pool.score.view(-1)[addresses] = score
+
+    def _next_places(self, counts: torch.Tensor, width: int) -> torch.Tensor:
+        """`[R, width]`: the places after the last token of each row, for `counts [R]` new ones."""
+        pool = self.pool
+        before, self.lengths = self.lengths, [n + c for n, c in zip(self.lengths, counts.tolist(), strict=True)]
+        num_blocks = [-(-n // pool.block) for n in self.lengths]
+        if num_blocks != [-(-n // pool.block) for n in before]:
+            pool.extend(num_blocks)
+        pool.own(first_column=min(before) // pool.block)
+        rank = torch.arange(width, device=pool.device)
+        return torch.tensor(before, device=pool.device)[:, None] + rank
+
+    def _free_places(self, counts: torch.Tensor, width: int) -> torch.Tensor:
+        """`[R, width]`: the first holes of each row; new blocks where `counts [R]` new tokens don't find enough."""
+        pool = self.pool
+        pool.own()
+        missing = (counts - self._free().sum(1)).clamp_min(0)
+        if bool(missing.any()):
             has = (pool.table >= 0).sum(1)
             pool.extend((has + (missing + pool.block - 1) // pool.block).tolist())
-            pool.own()
-            free = (self.slots() < 0) & (pool.table.repeat_interleave(pool.block, 1) >= 0)
-            # The first holes of each row, in order: the highest of (width - place) among the free ones.
-            width = free.shape[1]
-            ranked = torch.where(free, width - torch.arange(width, device=pool.device), 0)
-            place = width - ranked.topk(min(run.width, width), dim=1).values
-        valid = rank[: place.shape[1]] < counts[:, None]
-        addresses = pool.places(torch.where(valid, place, 0))[valid]
-        # One code path for all codecs: a token is a block of one token.
-        encoded = self.codec.encode(run.k[:, : place.shape[1]], run.v[:, : place.shape[1]])
-        pool.write_tokens(addresses, {name: x[valid] for name, x in encoded.items()})
-        if pool.has_slots:
-            pool.slots.view(-1)[addresses] = run.slots[:, : place.shape[1]][valid]
-        if pool.scored and run.score is not None:
-            pool.score.view(-1)[addresses] = run.score[:, : place.shape[1]][valid]
+        free = self._free()
+        # The first ones are the highest of (all - place) among the free ones. A row may have fewer than the widest needs.
+        num_places = free.shape[1]
+        ranked = torch.where(free, num_places - torch.arange(num_places, device=pool.device), 0)
+        place = num_places - ranked.topk(min(width, num_places), dim=1).values
+        return torch.nn.functional.pad(place, (0, width - place.shape[1]))
+
+    def _free(self) -> torch.Tensor:
+        """`[R, width] bool`: places of a row's blocks that hold no token."""
+        return (self.slots() < 0) & (self.pool.table.repeat_interleave(self.pool.block, 1) >= 0)
 
     def _write_blocks(self, run: Run) -> None:
         pool = self.pool
@@ -376,6 +405,9 @@ class Blocks(Segment):
         places = places[pool.slots.view(-1)[places] >= 0]
         slots = pool.slots.view(-1)[places]
         score = pool.score.view(-1)[places] if pool.scored else None
+        if not len(places) and fresh is None:
+            pool.replace_row_blocks(row, freed, 0)
+            return
         if self.codec.unit == "token":
             assert fresh is None
             moved = {name: x.flatten(0, 1)[places] for name, x in pool.fields.items()}

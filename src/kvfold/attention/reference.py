@@ -49,11 +49,13 @@ class Tile:
         fields: what the codec needs, `[R, C, T, *]` or `[R, C, *]` for C blocks of T tokens.
         slots: `[R, C * T] long`, -1 where there is no token.
         causal: whether some of the tokens may be younger than some of the queries.
+        whole: whether there is a token at every place.
     """
 
     fields: Fields
     slots: torch.Tensor
     causal: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,24 @@ def _scores(q: torch.Tensor, query: Query, codec: KVCodec, tile: Tile) -> torch.
         scores = codec.k.dot(q[:, None], fields).transpose(1, 2).flatten(2)
     if query.softcap is not None:
         scores = (scores / query.softcap).tanh_() * query.softcap
+    hidden = _hidden(query, tile)
+    if hidden is None:
+        return scores
     rows, _, num_tokens = scores.shape
-    hidden = (tile.slots < 0)[:, None, :]
-    if tile.causal and len(query.slots) > 1:
-        hidden = hidden | (tile.slots[:, None, :] > query.slots[:, None])
-    if query.first_visible is not None:
-        hidden = hidden | (tile.slots[:, None, :] < query.first_visible[:, :, None])
     per_query = scores.view(rows, query.num_groups, -1, num_tokens)
     return per_query.masked_fill_(hidden[:, None], -torch.inf).view_as(scores)
+
+
+def _hidden(query: Query, tile: Tile) -> torch.Tensor | None:
+    """`[R, Q or 1, C * T] bool`: what queries do not see, or None when they see everything."""
+    hidden = None if tile.whole else (tile.slots < 0)[:, None, :]
+    if tile.causal and len(query.slots) > 1:
+        later = tile.slots[:, None, :] > query.slots[:, None]
+        hidden = later if hidden is None else hidden | later
+    if query.first_visible is not None:
+        earlier = tile.slots[:, None, :] < query.first_visible[:, :, None]
+        hidden = earlier if hidden is None else hidden | earlier
+    return hidden
 
 
 def _combine(p: torch.Tensor, codec: KVCodec, tile: Tile) -> torch.Tensor:

@@ -28,6 +28,7 @@ from kvfold.rope import Rope
 
 NAME = "kvfold"
 _PREVIOUS = "_kvfold_previous_attention"
+_OWN_ATTENTION = "its modeling code has attention of its own, not transformers' interface"
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -39,6 +40,9 @@ def attach(model: PreTrainedModel) -> None:
     AttentionMaskInterface.register(NAME, mask)
     setattr(model, _PREVIOUS, model.config._attn_implementation)
     model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:  # transformers only warns where a model's code takes no other attention
+        delattr(model, _PREVIOUS)
+        raise ModelError(f"{type(model).__name__} can't be served: {_OWN_ATTENTION}")
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -130,7 +134,7 @@ def _why_not(model: PreTrainedModel) -> str | None:
     if getattr(config, "kv_lora_rank", None):
         return "its attention is latent (MLA), which caches no keys and values by head"
     if not getattr(model, "_supports_attention_backend", False) and not getattr(model, "_supports_sdpa", False):
-        return "its modeling code has attention of its own, not transformers' interface"
+        return _OWN_ATTENTION
     if getattr(config, "num_key_value_heads", None) is None:
         return "its configuration does not say how many KV heads it has"
     if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):

@@ -21,9 +21,11 @@ class TensorCodec(ABC):
     Shapes: `...` is any run of leading axes (rows, blocks), T the tokens of a block, D the head dim, M queries.
     """
 
-    unit: Literal["token", "block"]
-    """What can be encoded alone. `token`: every field has a token axis, and tokens can be moved between blocks without
-    loss. `block`: tokens share numbers (a scale per channel), so that a block is encoded at once."""
+    @property
+    @abstractmethod
+    def unit(self) -> Literal["token", "block"]:
+        """What can be encoded alone. `token`: every field has a token axis, and tokens can be moved between blocks without
+        loss. `block`: tokens share numbers (a scale per channel), so that a block is encoded at once."""
 
     @property
     def block(self) -> int:

@@ -1,7 +1,7 @@
 """Tokens as they are, in the model's own type: what `full` holds, and the oracle's idea of a codec."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -14,7 +14,10 @@ class DenseCodec(TensorCodec):
     """The identity. `dtype` is the model's."""
 
     dtype: torch.dtype
-    unit: ClassVar[Literal["token", "block"]] = "token"  # type: ignore[misc]
+
+    @property
+    def unit(self) -> Literal["token", "block"]:
+        return "token"
 
     def encode(self, x: torch.Tensor) -> Fields:
         return {"x": x.to(self.dtype)}

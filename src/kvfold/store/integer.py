@@ -23,7 +23,7 @@ class _Integer(Store):
     v_axis: Axis = "token"
     k_group: Group = 64
     v_group: Group = 64
-    k_scales: Scales = "e4m3"
+    scales: Scales = "log8"
     symmetric: Literal["none", "k", "v", "kv"] = "v"
     rotate: Literal["none", "k", "v", "kv"] = "v"
     sink: int = 4
@@ -31,9 +31,8 @@ class _Integer(Store):
     bits: ClassVar[int]
 
     def codec(self, head_dim: int, dtype: torch.dtype) -> KVCodec:
-        k_scales = self.k_scales if self.k_axis == "channel" else "half"
-        k: TensorCodec = Affine(self.bits, self.k_axis, self.k_group, "k" in self.symmetric, k_scales)
-        v: TensorCodec = Affine(self.bits, self.v_axis, self.v_group, "v" in self.symmetric)
+        k: TensorCodec = Affine(self.bits, self.k_axis, self.k_group, "k" in self.symmetric, self.scales)
+        v: TensorCodec = Affine(self.bits, self.v_axis, self.v_group, "v" in self.symmetric, self.scales)
         if "k" in self.rotate:
             k = Rotated(k, head_dim)
         if "v" in self.rotate:
