@@ -55,6 +55,11 @@ class BlockPool:
             named["score"] = self.score
         return named
 
+    def mark(self) -> tuple[int, ...]:
+        """Changes whenever a tensor is replaced by another: what knows their addresses must then look again."""
+        tensors = [*self.fields.values(), self.slots, self.table]
+        return (*(x.data_ptr() for x in tensors), self._capacity, self.table.shape[1], len(self.table))
+
     def num_blocks(self) -> list[int]:
         """Blocks of each row."""
         counts: list[int] = (self.table >= 0).sum(1).tolist()

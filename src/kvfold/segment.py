@@ -9,9 +9,11 @@ from collections.abc import Iterator
 
 import torch
 
-from kvfold.attention import reference
+from kvfold.attention import dispatch
+from kvfold.attention.dispatch import Located
 from kvfold.attention.reference import Partial, Query, Tile
 from kvfold.blocks import BlockPool
+from kvfold.kernels import cpu
 from kvfold.store.base import KVCodec
 from kvfold.store.dense import DenseCodec
 
@@ -32,12 +34,16 @@ class Segment:
     def tiles(self) -> Iterator[Tile]:
         raise NotImplementedError
 
+    def locate(self, head_dim: int) -> Located | None:
+        """Where the tokens lie, for the compiled kernels; None when these can't read them."""
+        raise NotImplementedError
+
     def attend(self, query: Query) -> Partial:
-        return reference.attend(query, self.codec, self.tiles())
+        return dispatch.attend([(self, query)])
 
     def mass(self, query: Query, lse: torch.Tensor) -> torch.Tensor:
         """`[R, G, N]`: attention received by each token, in the order of the tiles."""
-        return reference.mass(query, self.codec, self.tiles(), lse)
+        return dispatch.mass(self, query, lse)
 
 
 class Run(Segment):
@@ -73,6 +79,9 @@ class Run(Segment):
             span = slice(start, start + TILE_TOKENS)
             fields = {"k.x": self.k[:, None, span], "v.x": self.v[:, None, span]}
             yield Tile(fields, self.slots[:, span].long(), causal=True)
+
+    def locate(self, head_dim: int) -> Located | None:
+        return Located(cpu.describe_run(self.k, self.v, self.slots))
 
     def where(self, stays: torch.Tensor) -> "Run":
         """Only the tokens that `stays [R, N] bool` marks, in order."""
@@ -154,6 +163,7 @@ class Blocks(Segment):
         self.pool = BlockPool(num_rows, codec.block, device, slots=not contiguous, scored=scored)
         self.starts: list[int] | None = [0] * num_rows if contiguous else None
         self.lengths = [0] * num_rows if contiguous else []
+        self._described: tuple[tuple[int, ...], cpu.Descriptor] | None = None
 
     # -- what is there ---------------------------------------------------------------------------------------------------
 
@@ -201,6 +211,18 @@ class Blocks(Segment):
             end = (start + columns) * pool.block
             whole = self.contiguous and min(self.lengths) >= min(end, self.width)
             yield Tile(fields, slots[:, start * pool.block : end], whole=whole)
+
+    def locate(self, head_dim: int) -> Located | None:
+        pool = self.pool
+        if not pool.fields:
+            return None
+        mark = pool.mark()
+        if self._described is None or self._described[0] != mark:
+            slots = pool.slots if pool.has_slots else None
+            self._described = mark, cpu.describe_blocks(self.codec, pool.fields, pool.table, slots, head_dim)
+        if self.starts is None:
+            return Located(self._described[1])
+        return Located(self._described[1], self.starts, self.lengths)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """All tokens decoded, `[R, width, D] float32` twice, and their slots: for tests, never for attention."""

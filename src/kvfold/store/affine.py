@@ -50,6 +50,9 @@ class Affine(TensorCodec):
         symmetric: no zero point: levels are s · (c - (2^bits - 1) / 2).
         scales: how scales are stored; per channel `log8` also has a field `base [..., 1]`.
 
+    Codes are `[..., T, D * bits / 8] uint8` per token and `[..., D, T * bits / 8]` per channel: so a kernel reads the codes that
+    share a scale, or that are added up over the same query, side by side.
+
     Round trip: |x - decode(encode(x))| <= step / 2, where step is the stored scale.
     """
 
@@ -66,6 +69,10 @@ class Affine(TensorCodec):
     @property
     def block(self) -> int:
         return max(64, self.group) if self.axis == "channel" else 64
+
+    def _lines(self, codes: torch.Tensor) -> torch.Tensor:
+        """What shares its scales lies together: `[..., T, D]` per token, `[..., D, T]` per channel, and back."""
+        return codes if self.axis == "token" else codes.mT.contiguous()
 
     def _middle(self) -> float:
         return (2**self.bits - 1) / 2
@@ -86,16 +93,16 @@ class Affine(TensorCodec):
             fields["zero"] = zero.squeeze(over)
         scale, start = (y.unsqueeze(over) for y in self._scale_zero(fields))
         codes = ((grouped - start) / scale).round_().clamp_(0, levels).to(torch.uint8).view_as(x)
-        return {"codes": pack(codes, self.bits)} | fields
+        return {"codes": pack(self._lines(codes), self.bits)} | fields
 
     def decode(self, fields: Fields) -> torch.Tensor:
-        codes = unpack(fields["codes"], self.bits).float()
+        codes = self._lines(unpack(fields["codes"], self.bits)).float()
         over = -1 if self.axis == "token" else -2
         scale, zero = (y.unsqueeze(over) for y in self._scale_zero(fields))
         return (self._grouped(codes) * scale + zero).view_as(codes)
 
     def dot(self, q: torch.Tensor, fields: Fields) -> torch.Tensor:
-        codes = unpack(fields["codes"], self.bits).float()
+        codes = self._lines(unpack(fields["codes"], self.bits)).float()
         scale, zero = self._scale_zero(fields)
         if self.axis == "token":
             scores: torch.Tensor | float = 0.0
@@ -110,7 +117,7 @@ class Affine(TensorCodec):
         return torch.cat(parts, dim=-1)
 
     def combine(self, p: torch.Tensor, fields: Fields) -> torch.Tensor:
-        codes = unpack(fields["codes"], self.bits).float()
+        codes = self._lines(unpack(fields["codes"], self.bits)).float()
         scale, zero = self._scale_zero(fields)
         if self.axis == "token":
             parts = []

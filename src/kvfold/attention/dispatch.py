@@ -1,0 +1,87 @@
+"""Which kernel attends: the compiled one where it can, plain torch elsewhere, and `kernel_name` says which.
+
+The compiled kernels take segments on the CPU whose codec they know (kvfold.kernels.cpu). All others run on the reference:
+other devices, a codec that is new, double precision, or an installation without a compiler. KVFOLD_CPU chooses by hand; what
+it asks for and can't have is an error.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from kvfold.attention import reference
+from kvfold.attention.reference import Partial, Query, Tile, merge
+from kvfold.kernels import cpu
+from kvfold.store.base import KVCodec
+
+REFERENCE = "torch-reference"
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a segment lies in memory, for the compiled kernels.
+
+    Attributes:
+        starts, lengths: the first slot and the tokens of each row, where rows are contiguous; empty elsewhere.
+    """
+
+    descriptor: cpu.Descriptor
+    starts: Sequence[int] = ()
+    lengths: Sequence[int] = ()
+
+
+class Attended(Protocol):
+    """What attention needs of a segment."""
+
+    codec: KVCodec
+
+    @property
+    def width(self) -> int: ...
+
+    def tiles(self) -> Iterator[Tile]: ...
+
+    def locate(self, head_dim: int) -> Located | None:
+        """Where it lies, or None when the compiled kernels can't read it."""
+
+
+def kernel_name(codec: KVCodec | None = None, device: str = "cpu") -> str:
+    """The kernel for a codec on a device ("cpu-avx512", "torch-reference"); without a codec, for those that are known."""
+    known = device == "cpu" and (codec is None or cpu.supports(codec))
+    chosen = cpu.chosen() if known else None
+    return f"cpu-{chosen}" if chosen else REFERENCE
+
+
+def attend(looks: Sequence[tuple[Attended, Query]]) -> Partial:
+    """Attention over several segments together; their queries differ in q and first_visible only."""
+    located: list[tuple[Located, Query]] = []
+    partials: list[Partial] = []
+    for segment, query in looks:
+        if place := _locate(segment, query):
+            located.append((place, query))
+        else:
+            partials.append(reference.attend(query, segment.codec, segment.tiles()))
+    if located:
+        first = located[0][1]
+        given = [_look(place, query) for place, query in located]
+        partials.append(Partial(*cpu.attend(given, first.slots, first.num_groups, first.softcap)))
+    return merge(partials)
+
+
+def mass(segment: Attended, query: Query, lse: torch.Tensor) -> torch.Tensor:
+    """`[R, G, N]`: see `kvfold.attention.reference.mass`."""
+    if place := _locate(segment, query):
+        return cpu.mass(_look(place, query), query.slots, query.num_groups, query.softcap, lse, segment.width)
+    return reference.mass(query, segment.codec, segment.tiles(), lse)
+
+
+def _locate(segment: Attended, query: Query) -> Located | None:
+    if query.q.device.type != "cpu" or cpu.chosen() is None or not cpu.supports(segment.codec):
+        return None
+    return segment.locate(query.q.shape[-1])
+
+
+def _look(place: Located, query: Query) -> cpu.Look:
+    first = None if query.first_visible is None else query.first_visible.contiguous()
+    return cpu.Look(place.descriptor, query.q.contiguous(), first, place.starts, place.lengths)

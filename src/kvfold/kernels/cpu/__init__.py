@@ -1,0 +1,290 @@
+"""Attention on the CPU, in C++: codes are multiplied as they lie in memory, with as many threads as torch uses.
+
+What reaches the compiled code is checked here: types, devices, shapes and strides that it does not expect raise ValueError.
+The instruction set is the best that the machine has; KVFOLD_CPU=avx512, avx2 or portable chooses another, KVFOLD_CPU=off
+none: attention then runs on the reference.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvfold.errors import KvfoldError
+from kvfold.store.affine import Affine
+from kvfold.store.base import Fields, KVCodec, TensorCodec, part
+from kvfold.store.dense import DenseCodec
+from kvfold.store.fp8 import Float8
+from kvfold.store.rotation import Rotated, hadamard
+
+_native: Any
+try:
+    from kvfold.kernels.cpu import _native
+except ImportError:
+    _native = None
+
+VARIABLE = "KVFOLD_CPU"
+MAX_HEAD_DIM = 1024
+RUN_BLOCK = 64
+"""Tokens of a dense run that are taken at once."""
+
+_KINDS = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    "e4m3": 3,
+    "e5m2": 4,
+    8: 5,
+    4: 6,
+    2: 7,
+}
+_SCALE_KINDS = {None: 0, "half": 1, "log8": 2}
+
+
+class KernelError(KvfoldError):
+    """A kernel was asked for that this machine or build does not have."""
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """A segment as the compiled code sees it. `tensors` keeps alive what it points to."""
+
+    native: Any
+    tensors: tuple[torch.Tensor, ...]
+    contiguous: bool
+
+
+@dataclass(frozen=True)
+class Look:
+    """Queries at a segment.
+
+    Attributes:
+        q: `[R, M, D] float32`, contiguous.
+        first_visible: `[R, Q] long` or None.
+        starts, lengths: for contiguous rows, R each; empty otherwise.
+    """
+
+    segment: Descriptor
+    q: torch.Tensor
+    first_visible: torch.Tensor | None
+    starts: Sequence[int]
+    lengths: Sequence[int]
+
+
+def available() -> list[str]:
+    """Instruction sets that this build and machine have, the best first; empty without compiled kernels."""
+    names: list[str] = _native.available() if _native else []
+    return names
+
+
+def chosen() -> str | None:
+    """The instruction set in use, or None for the reference. KernelError when KVFOLD_CPU names one that is not there."""
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == "off":
+        return None
+    if not wanted:
+        return available()[0] if _native else None
+    if wanted not in available():
+        there = ", ".join([*available(), "off"])
+        why = "" if _native else "; kvfold was installed without its compiled kernels"
+        raise KernelError(f"{VARIABLE}={wanted} can't be had here, only: {there}{why}")
+    return wanted
+
+
+# -- what the compiled code reads --------------------------------------------------------------------------------------------
+
+
+def supports(codec: KVCodec) -> bool:
+    """Whether the compiled code knows how to read what this codec writes."""
+    return codec.block % 64 == 0 and all(_known(_inner(side)) for side in (codec.k, codec.v))
+
+
+def describe_blocks(
+    codec: KVCodec, fields: Fields, table: torch.Tensor, slots: torch.Tensor | None, head_dim: int
+) -> Descriptor:
+    """Blocks of a pool: `table [R, C] long`, `slots [P, T] int32` or None where rows are contiguous."""
+    (num_rows, columns), block = table.shape, codec.block
+    capacity = next(iter(fields.values())).shape[0]
+    _check("table", table, (num_rows, columns), torch.int64)
+    if slots is not None:
+        _check("slots", slots, (capacity, block), torch.int32)
+    if table.numel() and (int(table.max()) >= capacity or int(table.min()) < -1):
+        raise ValueError(f"the table names blocks outside of the pool of {capacity}")
+    sides, tensors = [], [*fields.values(), table]
+    for name, side in (("k", codec.k), ("v", codec.v)):
+        native, held = _side(side, part(name, fields), capacity, block, head_dim)
+        sides.append(native)
+        tensors += held
+    segment = _native.segment(
+        *sides, num_rows, columns, block, head_dim, columns * block, table.data_ptr(), _address(slots), False
+    )
+    return Descriptor(segment, (*tensors, *([] if slots is None else [slots])), slots is None)
+
+
+def describe_run(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> Descriptor:
+    """Dense tokens: `k, v [R, N, D]` with a last axis that lies together, `slots [R, N] int32`; causal."""
+    num_rows, num_tokens, head_dim = k.shape
+    slots = slots.contiguous()
+    _check("slots", slots, (num_rows, num_tokens), torch.int32)
+    sides, tensors = [], [slots]
+    for name, x in (("k", k), ("v", v)):
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        if x.device.type != "cpu" or x.shape != k.shape or x.dtype not in _KINDS or x.dtype != k.dtype:
+            raise ValueError(f"{name} must be like k, of float32, bfloat16 or float16 on the CPU: {x.dtype} {tuple(x.shape)}")
+        row, line = (stride * x.element_size() for stride in x.stride()[:2])
+        sides.append(_native.side(_KINDS[x.dtype], False, 0, x.data_ptr(), 0, row, line, 0, 0, 0, 1, 0.0, 0))
+        tensors.append(x)
+    columns = -(-num_tokens // RUN_BLOCK)
+    segment = _native.segment(
+        *sides, num_rows, columns, RUN_BLOCK, _head_dim(head_dim), num_tokens, 0, slots.data_ptr(), True
+    )
+    return Descriptor(segment, tuple(tensors), False)
+
+
+def _inner(codec: TensorCodec) -> TensorCodec:
+    return codec.inner if isinstance(codec, Rotated) else codec
+
+
+def _known(codec: TensorCodec) -> bool:
+    if isinstance(codec, Affine):
+        return codec.bits in (8, 4, 2) and (codec.axis == "token" or codec.block % codec.group == 0)
+    return isinstance(codec, Float8) or (isinstance(codec, DenseCodec) and codec.dtype in _KINDS)
+
+
+def _side(codec: TensorCodec, fields: Fields, capacity: int, block: int, head_dim: int) -> tuple[Any, list[torch.Tensor]]:
+    """K or V of blocks, and the tensors beside the fields that it points to."""
+    held: list[torch.Tensor] = []
+    rotation = 0
+    if isinstance(codec, Rotated):
+        matrix = hadamard(codec.head_dim)
+        _check("rotation", matrix, (head_dim, head_dim), torch.float32)
+        held, rotation, codec = [matrix], matrix.data_ptr(), codec.inner
+    _head_dim(head_dim)
+    if isinstance(codec, DenseCodec):
+        _check("x", fields["x"], (capacity, block, head_dim), codec.dtype)
+        line = head_dim * codec.dtype.itemsize
+        address = fields["x"].data_ptr()
+        native = _native.side(_KINDS[codec.dtype], False, 0, address, block * line, 0, line, 0, 0, 0, 1, 0.0, rotation)
+        return native, held
+    codes = fields["codes"]
+    if isinstance(codec, Float8):
+        _check("codes", codes, (capacity, block, head_dim), torch.uint8)
+        if codec.scaled:
+            _check("scale", fields["scale"], (capacity, block, 1), torch.float16)
+        kind, scales = _KINDS[codec.format], "half" if codec.scaled else None
+        address = _address(fields.get("scale"))
+        line = head_dim
+        native = _native.side(
+            kind, False, _SCALE_KINDS[scales], codes.data_ptr(), block * line, 0, line, address, 0, 0, 1, 0.0, rotation
+        )
+        return native, held
+    if not isinstance(codec, Affine):
+        raise ValueError(f"the CPU kernels don't know {type(codec).__name__}")
+    return _integer_side(codec, fields, capacity, block, head_dim, rotation), held
+
+
+def _integer_side(codec: Affine, fields: Fields, capacity: int, block: int, head_dim: int, rotation: int) -> Any:
+    by_channel = codec.axis == "channel"
+    lines, columns = (head_dim, block) if by_channel else (block, head_dim)
+    scale = fields["scale"]
+    if scale.dim() != 3:
+        raise ValueError(f"scales have 3 axes, these {scale.dim()}")
+    groups = scale.shape[1] if by_channel else scale.shape[2]
+    line = columns * codec.bits // 8
+    of_scale = (capacity, groups, head_dim) if by_channel else (capacity, block, groups)
+    if groups < 1 or columns % groups:
+        raise ValueError(f"{groups} scales for {columns} codes")
+    _check("codes", fields["codes"], (capacity, lines, line), torch.uint8)
+    _check("scale", scale, of_scale, torch.uint8 if codec.scales == "log8" else torch.float16)
+    if codec.scales == "log8" and by_channel:
+        _check("base", fields["base"], (capacity, 1), torch.float16)
+    if not codec.symmetric:
+        _check("zero", fields["zero"], of_scale, torch.float16)
+    middle = (2**codec.bits - 1) / 2 if codec.symmetric else 0.0
+    return _native.side(
+        _KINDS[codec.bits],
+        by_channel,
+        _SCALE_KINDS[codec.scales],
+        fields["codes"].data_ptr(),
+        lines * line,
+        0,
+        line,
+        scale.data_ptr(),
+        0 if codec.symmetric else fields["zero"].data_ptr(),
+        _address(fields.get("base")),
+        groups,
+        middle,
+        rotation,
+    )
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _head_dim(head_dim: int) -> int:
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"the CPU kernels take head dims up to {MAX_HEAD_DIM}, not {head_dim}")
+    return head_dim
+
+
+def _check(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if x.device.type != "cpu" or x.dtype != dtype or tuple(x.shape) != shape or not x.is_contiguous():
+        is_so = f"{x.dtype} {tuple(x.shape)} strides {x.stride()} on {x.device}"
+        raise ValueError(f"{name} must be {dtype} {shape}, contiguous, on the CPU; it is {is_so}")
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------------
+
+
+def attend(
+    looks: Sequence[Look], slots: torch.Tensor, num_groups: int, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over all segments together: `out [R, M, D] float32` and `lse [R, M] float32`.
+
+    Args:
+        slots: `[Q] long`, the slot of each query; M = num_groups * Q.
+    """
+    q = looks[0].q
+    given = [_given(look, q.shape, slots, num_groups) for look in looks]
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:2])
+    _native.choose(chosen())
+    _native.attend(given, *_sizes(q, num_groups), slots.data_ptr(), softcap or 0.0, out.data_ptr(), lse.data_ptr(), _threads())
+    return out, lse
+
+
+def mass(
+    look: Look, slots: torch.Tensor, num_groups: int, softcap: float | None, lse: torch.Tensor, width: int
+) -> torch.Tensor:
+    """`[R, G, width] float32`: the attention that each place of the segment receives, given `lse [R, M]` of the whole."""
+    q = look.q
+    given = _given(look, q.shape, slots, num_groups)
+    lse = lse.contiguous()
+    _check("lse", lse, tuple(q.shape[:2]), torch.float32)
+    received = q.new_empty(q.shape[0], num_groups, width)
+    _native.choose(chosen())
+    sizes = _sizes(q, num_groups)
+    _native.mass(given, *sizes, slots.data_ptr(), softcap or 0.0, lse.data_ptr(), received.data_ptr(), width, _threads())
+    return received
+
+
+def _given(look: Look, shape: torch.Size, slots: torch.Tensor, num_groups: int) -> tuple[Any, ...]:
+    num_rows, num_vectors, _ = shape
+    _check("q", look.q, tuple(shape), torch.float32)
+    _check("slots of the queries", slots, (num_vectors // num_groups,), torch.int64)
+    if look.first_visible is not None:
+        _check("first_visible", look.first_visible, (num_rows, len(slots)), torch.int64)
+    return look.segment.native, look.q.data_ptr(), _address(look.first_visible), look.starts, look.lengths
+
+
+def _sizes(q: torch.Tensor, num_groups: int) -> tuple[int, int, int, int]:
+    """Rows, groups, queries, head dim."""
+    return q.shape[0], num_groups, q.shape[1] // num_groups, q.shape[2]
+
+
+def _threads() -> int:
+    return torch.get_num_threads()

@@ -1,0 +1,96 @@
+// What Python sees. Pointers come as integers; kvfold/kernels/cpu/__init__.py has checked what they point to.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "engine.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using kvfold::Kind;
+using kvfold::Part;
+using kvfold::ScaleKind;
+using kvfold::Segment;
+using kvfold::Side;
+
+template <typename T>
+const T* pointer(uintptr_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+Side side(int kind, bool by_channel, int scale_kind, uintptr_t codes, int64_t block_bytes, int64_t row_bytes, int64_t line_bytes,
+          uintptr_t scale, uintptr_t zero, uintptr_t base, int groups, float middle, uintptr_t rotation) {
+  return {Kind(kind), by_channel, ScaleKind(scale_kind), pointer<uint8_t>(codes), block_bytes, row_bytes, line_bytes,
+          pointer<uint8_t>(scale), pointer<uint16_t>(zero), pointer<uint16_t>(base), groups, middle, pointer<float>(rotation)};
+}
+
+Segment segment(const Side& k, const Side& v, int rows, int columns, int block, int head_dim, int width, uintptr_t table,
+                uintptr_t slots, bool causal) {
+  return {k, v, rows, columns, block, head_dim, width, pointer<int64_t>(table), pointer<int32_t>(slots), causal};
+}
+
+// A part and the numbers that it points to.
+struct Look {
+  Part part;
+  std::vector<int64_t> starts, lengths;
+};
+
+
+// `given` is (segment, q, first_visible, starts, lengths).
+Look look(nb::handle given) {
+  nb::tuple fields = nb::cast<nb::tuple>(given);
+  Look result;
+  result.part.segment = nb::cast<const Segment*>(fields[0]);
+  result.part.q = pointer<float>(nb::cast<uintptr_t>(fields[1]));
+  result.part.first_visible = pointer<int64_t>(nb::cast<uintptr_t>(fields[2]));
+  result.starts = nb::cast<std::vector<int64_t>>(fields[3]);
+  result.lengths = nb::cast<std::vector<int64_t>>(fields[4]);
+  const size_t rows = result.part.segment->slots ? 0 : size_t(result.part.segment->rows);
+  if (result.starts.size() != rows || result.lengths.size() != rows) throw nb::value_error("a start and a length for every row");
+  return result;
+}
+
+void attend(nb::list given, int rows, int groups, int queries, int head_dim, uintptr_t query_slots, float softcap, uintptr_t out,
+            uintptr_t lse, int num_threads) {
+  std::vector<Look> looks;
+  for (nb::handle one : given) looks.push_back(look(one));
+  std::vector<Part> parts;
+  for (Look& one : looks) {
+    if (one.part.segment->rows != rows || one.part.segment->head_dim != head_dim) throw nb::value_error("segments of other rows");
+    one.part.starts = one.starts.data();
+    one.part.lengths = one.lengths.data();
+    parts.push_back(one.part);
+  }
+  nb::gil_scoped_release release;
+  kvfold::attend({rows, groups, queries, head_dim, pointer<int64_t>(query_slots), softcap}, parts, reinterpret_cast<float*>(out),
+                 reinterpret_cast<float*>(lse), num_threads);
+}
+
+void mass(nb::handle given, int rows, int groups, int queries, int head_dim, uintptr_t query_slots, float softcap, uintptr_t lse,
+          uintptr_t received, int width, int num_threads) {
+  Look one = look(given);
+  if (one.part.segment->width != width) throw nb::value_error("a segment of another width");
+  one.part.starts = one.starts.data();
+  one.part.lengths = one.lengths.data();
+  if (one.part.segment->rows != rows || one.part.segment->head_dim != head_dim) throw nb::value_error("a segment of other rows");
+  nb::gil_scoped_release release;
+  kvfold::mass({rows, groups, queries, head_dim, pointer<int64_t>(query_slots), softcap}, one.part, pointer<float>(lse),
+               reinterpret_cast<float*>(received), num_threads);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  nb::class_<Side>(m, "Side");
+  nb::class_<Segment>(m, "Segment");
+  m.def("side", &side);
+  m.def("segment", &segment);
+  m.def("attend", &attend);
+  m.def("mass", &mass);
+  m.def("available", &kvfold::available);
+  m.def("choose", &kvfold::choose);
+  m.def("chosen", [] { return std::string(kvfold::kernels().name); });
+}

@@ -1,0 +1,157 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+
+#include "thread_pool.h"
+
+namespace kvfold {
+namespace {
+
+constexpr int kTasksPerThread = 4;  // so that threads of unequal speed end together
+constexpr int kLeastColumns = 4;    // blocks a task, below which sharing costs more than it gives
+
+const Kernels*& chosen() {
+  static const Kernels* current = nullptr;
+  return current;
+}
+
+const std::vector<const Kernels*>& runnable() {
+  static const std::vector<const Kernels*> all = [] {
+    std::vector<const Kernels*> found;
+#ifdef KVFOLD_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512) found.push_back(&kAvx512);
+    if (avx2) found.push_back(&kAvx2);
+#endif
+    found.push_back(&kPortable);
+    return found;
+  }();
+  return all;
+}
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+
+// Memory that a thread keeps from call to call; grows only.
+float* scratch(int64_t floats) {
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local int64_t size = 0;
+  if (floats > size) {
+    const size_t bytes = (size_t(floats) * sizeof(float) + 63) / 64 * 64;
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    if (!memory) {
+      size = 0;
+      throw std::bad_alloc();
+    }
+    std::memset(memory.get(), 0, bytes);
+    size = floats;
+  }
+  return memory.get();
+}
+
+int64_t most_scratch(const Shape& shape, const std::vector<Part>& parts, int vectors) {
+  int64_t most = 0;
+  for (const Part& part : parts) most = std::max(most, kernels().workspace(shape, part, vectors));
+  return most;
+}
+
+int columns_per_task(int64_t all_columns, int num_threads) {
+  if (num_threads == 1) return 1 << 30;
+  const int64_t share = (all_columns + num_threads * kTasksPerThread - 1) / (num_threads * kTasksPerThread);
+  return int(std::max<int64_t>(share, kLeastColumns));
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  if (!chosen()) chosen() = runnable().front();
+  return *chosen();
+}
+
+std::vector<std::string> available() {
+  std::vector<std::string> names;
+  for (const Kernels* k : runnable()) names.emplace_back(k->name);
+  return names;
+}
+
+void choose(const std::string& name) {
+  for (const Kernels* k : runnable()) {
+    if (name == k->name) {
+      chosen() = k;
+      return;
+    }
+  }
+  throw std::invalid_argument("this machine or build has no kernels '" + name + "'");
+}
+
+void attend(const Shape& shape, const std::vector<Part>& parts, float* out, float* lse, int num_threads) {
+  const Kernels& k = kernels();
+  const int num_vectors = shape.groups * shape.queries, strip = std::min(num_vectors, kStrip);
+  const int num_strips = (num_vectors + strip - 1) / strip;
+  int64_t all_columns = 0;
+  for (const Part& part : parts) all_columns += int64_t(part.segment->columns) * shape.rows * num_strips;
+  const int span = columns_per_task(all_columns, num_threads);
+
+  // In the order of (row, strip), then part: what is merged together lies together.
+  std::vector<Task> tasks;
+  std::vector<int> ends;
+  for (int row = 0; row < shape.rows; row++) {
+    for (int first = 0; first < num_vectors; first += strip) {
+      for (const Part& part : parts) {
+        for (int column = 0; column < part.segment->columns; column += std::min(span, part.segment->columns)) {
+          const int end = std::min<int64_t>(int64_t(column) + span, part.segment->columns);
+          tasks.push_back({&part, row, column, end, first, std::min(first + strip, num_vectors), nullptr, nullptr, nullptr});
+        }
+      }
+      ends.push_back(int(tasks.size()));
+    }
+  }
+
+  const int64_t padded = rounded_up(shape.head_dim, k.width), each = strip * (padded + 2);
+  thread_local std::vector<float> partial;
+  partial.resize(tasks.size() * each);
+  for (size_t i = 0; i < tasks.size(); i++) {
+    tasks[i].out = partial.data() + i * each;
+    tasks[i].top = tasks[i].out + strip * padded;
+    tasks[i].total = tasks[i].top + strip;
+  }
+  const int64_t needed = most_scratch(shape, parts, strip);
+  const int worth = all_columns >= 2 * kLeastColumns ? num_threads : 1;
+  parallel_for(int(tasks.size()), worth, [&](int i, int) { k.attend(shape, tasks[i], scratch(needed)); });
+
+  std::vector<int> which(tasks.size());
+  for (size_t i = 0; i < which.size(); i++) which[i] = int(i);
+  const bool small = int64_t(shape.rows) * num_vectors * tasks.size() < 4096;
+  parallel_for(int(ends.size()), small ? 1 : num_threads, [&](int i, int) {
+    const int begin = i ? ends[i - 1] : 0;
+    if (begin == ends[i]) return;
+    const int64_t at = int64_t(tasks[begin].row) * num_vectors + tasks[begin].first;
+    k.merge(shape, tasks.data(), which.data() + begin, ends[i] - begin, out + at * shape.head_dim, lse + at, scratch(needed));
+  });
+}
+
+void mass(const Shape& shape, const Part& part, const float* lse, float* received, int num_threads) {
+  const Kernels& k = kernels();
+  const Segment& s = *part.segment;
+  std::memset(received, 0, sizeof(float) * shape.rows * shape.groups * s.width);
+  const int span = columns_per_task(int64_t(s.columns) * shape.rows, num_threads);
+  std::vector<Task> tasks;
+  for (int row = 0; row < shape.rows; row++) {
+    for (int column = 0; column < s.columns; column += std::min(span, s.columns)) {
+      const int end = int(std::min<int64_t>(int64_t(column) + span, s.columns));
+      tasks.push_back({&part, row, column, end, 0, 0, nullptr, nullptr, nullptr});
+    }
+  }
+  const int64_t needed = k.workspace(shape, part, std::min(shape.groups * shape.queries, kStrip));
+  parallel_for(int(tasks.size()), num_threads, [&](int i, int) { k.mass(shape, tasks[i], lse, received, scratch(needed)); });
+}
+
+}  // namespace kvfold
