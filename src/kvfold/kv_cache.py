@@ -10,9 +10,6 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from kvfold.layer_cache import LayerCache
 from kvfold.plan import Plan
 
-KERNEL = "torch-reference"
-"""The kernel that attends to compressed segments; every record and `kvfold info` name it."""
-
 
 class KVCache(Cache):
     """A compressed cache for a model: pass it as `past_key_values`. Made by `kvfold.cache`.
@@ -26,8 +23,8 @@ class KVCache(Cache):
 
     @property
     def kernel(self) -> str:
-        """The kernel that attends to the compressed segments."""
-        return KERNEL
+        """The kernel that attends to the compressed segments; several, joined by '+', where layers differ."""
+        return "+".join(sorted({layer.kernel for layer in self.layers if isinstance(layer, LayerCache)}))
 
     def tensors(self) -> Iterator[tuple[int, str, torch.Tensor]]:
         """Every tensor held: layer, `segment.purpose`, tensor."""

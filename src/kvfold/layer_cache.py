@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from kvfold.attention.reference import Partial, Query, merge
+from kvfold.attention import dispatch
+from kvfold.attention.reference import Partial, Query
 from kvfold.budget import split_over_heads
 from kvfold.errors import PlanError
 from kvfold.keep.base import KeepContext
@@ -250,12 +251,12 @@ class LayerCache(CacheLayerMixin):
         return chunk
 
     def _attend_all(self, query: Query, chunk: Run, ranks: torch.Tensor) -> Partial:
-        parts: list[Partial] = []
+        looks: list[tuple[Segment, Query]] = [(segment, query) for segment in self._moving(chunk)]
         if self.sink.width:
-            parts.append(self.sink.attend(self._query_of_sinks(query, ranks)))
-        for segment in self._moving(chunk):
-            parts.append(segment.attend(query))
-        return merge(parts) if parts else Partial(torch.zeros_like(query.q), query.q.new_zeros(query.q.shape[:2]))
+            looks.insert(0, (self.sink, self._query_of_sinks(query, ranks)))
+        if not looks:
+            return Partial(torch.zeros_like(query.q), query.q.new_zeros(query.q.shape[:2]))
+        return dispatch.attend(looks)
 
     def _moving(self, chunk: Run) -> list[Segment]:
         """What a keep policy chooses from, oldest first."""
@@ -398,6 +399,13 @@ class LayerCache(CacheLayerMixin):
         self.body.restore(held["body"], numbers["starts"], list(numbers["lengths"]))
 
     # -- what is there ---------------------------------------------------------------------------------------------------
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that attends to the encoded tokens."""
+        if self.is_initialized:
+            return dispatch.kernel_name(self.body.codec, self.device.type)
+        return dispatch.kernel_name(self.plan.store.codec(self.shape.head_dim, torch.float32))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that the layer holds, named by its segment and purpose."""
