@@ -21,8 +21,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from kvfold.errors import ModelError, PlanError
+from kvfold.handle import Handle, SeenLength
 from kvfold.kv_cache import KVCache
-from kvfold.layer_cache import Handle, LayerCache, SeenLength, Shape
+from kvfold.layer_cache import LayerCache, Shape
 from kvfold.plan import Plan
 from kvfold.rope import Rope
 
