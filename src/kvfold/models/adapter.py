@@ -211,7 +211,10 @@ def attention(
     if isinstance(key, Handle):
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ModelError("a compressed cache takes a 2-D attention mask (batch, tokens), which says where padding is")
-        return key.layer.attend(key, query, attention_mask, scaling, softcap), None
+        if module.training:
+            raise ModelError("a compressed cache serves inference, no gradients pass through it: call model.eval() first")
+        with torch.no_grad():
+            return key.layer.attend(key, query, attention_mask, scaling, softcap), None
     return _plain(query, key, value, attention_mask, scaling, softcap), None
 
 
