@@ -1,7 +1,8 @@
 """What the tests compare kvfold with: models whose attention is worth testing, and attention that forgets nothing.
 
-The oracle model stores every key and value in transformers' own DynamicCache. For each chunk it is told which slots kvfold's cache held
-before the chunk, and hides all others behind a mask. So it says what dropping a token must come to, with none of kvfold's code.
+The oracle model stores every key and value in transformers' own DynamicCache. For each chunk it is told which slots
+kvfold's cache held before the chunk, and hides all others behind a mask. So it says what dropping a token must come to,
+with none of kvfold's code.
 """
 
 import copy
@@ -183,7 +184,7 @@ def _attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Plain attention, `query [B, Hq, Q, D]`, `key [B, Hkv, S, D]`; layers that kvfold serves see what the oracle lets them see."""
+    """Plain attention, `query [B, Hq, Q, D]`, `key [B, Hkv, S, D]`; layers that kvfold serves see what the oracle lets them."""
     oracle: Oracle = module.__dict__["kvfold_oracle"]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]

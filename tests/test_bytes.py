@@ -85,11 +85,12 @@ def test_no_storage_is_larger_than_its_tokens_need(name: str) -> None:
 def test_no_copy_of_the_chunk_is_left_behind() -> None:
     """Keys and values of a chunk are views of larger tensors; the cache must not keep those alive."""
     model = sharp_model("phi3")  # one projection makes q, k and v
-    for plan in ("full", "window(16)", "protect(sink=2, window=9) | int4"):
-        cache = kvfold.cache(model, plan)
-        chunked(model, cache, tokens(1, 130), None, [130])
-        for _, name, tensor in cache.tensors():
-            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize, name
+    for plan in ("full", "window(16)", "protect(sink=2, window=9) | int4", "protect(window=9) | int4"):
+        for length in (6, 130):
+            cache = kvfold.cache(model, plan)
+            chunked(model, cache, tokens(1, length), None, [length])
+            for _, name, tensor in cache.tensors():
+                assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize, name
 
 
 @pytest.mark.parametrize(("plan", "share"), [("int8", 0.54), ("int4", 0.29), ("fp8", 0.54), ("int2", 0.17)])

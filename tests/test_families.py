@@ -213,30 +213,73 @@ _LATENT = {
     "topk_group": 1,
 }
 UNSERVED = {
-    "t5": (lambda: T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)), "cross attention"),
+    "t5": (
+        lambda: T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)),
+        "cross attention",
+    ),
     "deepseek_v2": (lambda: _tiny("deepseek_v2", **_LATENT), "MLA"),
     "deepseek_v3": (lambda: _tiny("deepseek_v3", **_LATENT), "MLA"),
     "gpt_oss": (lambda: _tiny("gpt_oss", num_local_experts=2, num_experts_per_tok=1, head_dim=16), "sinks"),
     "mamba": (lambda: _tiny("mamba"), "attention"),
     "qwen3_next": (
-        lambda: _tiny("qwen3_next", head_dim=16, layer_types=["linear_attention", "full_attention"], num_experts=0,
-                      linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16),
+        lambda: _tiny(
+            "qwen3_next",
+            head_dim=16,
+            layer_types=["linear_attention", "full_attention"],
+            num_experts=0,
+            linear_num_value_heads=2,
+            linear_num_key_heads=2,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+        ),
         "linear_attention",
     ),
-    "jamba": (lambda: _tiny("jamba", num_experts=1, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False), "layers of type"),
-    "falcon": (lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", vocab_size=32, hidden_size=32, num_hidden_layers=1,
-                                                                             num_attention_heads=2, num_key_value_heads=1)), "interface"),
-    "bloom": (lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", vocab_size=32, hidden_size=32, n_layer=1, n_head=2)),
-              "interface"),
+    "jamba": (
+        lambda: _tiny("jamba", num_experts=1, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False),
+        "layers of type",
+    ),
+    "falcon": (
+        lambda: AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(
+                "falcon", vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+            )
+        ),
+        "interface",
+    ),
+    "bloom": (
+        lambda: AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("bloom", vocab_size=32, hidden_size=32, n_layer=1, n_head=2)
+        ),
+        "interface",
+    ),
     "gemma3n": (
-        lambda: _tiny("gemma3n_text", head_dim=16, num_kv_shared_layers=1, num_hidden_layers=3, hidden_size_per_layer_input=8,
-                      vocab_size_per_layer_input=32, laurel_rank=4, activation_sparsity_pattern=[0.0] * 3, intermediate_size=[32] * 3,
-                      layer_types=["full_attention"] * 3),
+        lambda: _tiny(
+            "gemma3n_text",
+            head_dim=16,
+            num_kv_shared_layers=1,
+            num_hidden_layers=3,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=32,
+            laurel_rank=4,
+            activation_sparsity_pattern=[0.0] * 3,
+            intermediate_size=[32] * 3,
+            layer_types=["full_attention"] * 3,
+        ),
         "share",
     ),
-    "gemma4": (lambda: _tiny("gemma4_text", head_dim=16, num_kv_shared_layers=1, num_hidden_layers=3, hidden_size_per_layer_input=8,
-                             vocab_size_per_layer_input=32, layer_types=["sliding_attention", "full_attention", "full_attention"]), "share"),
-}  # fmt: skip
+    "gemma4": (
+        lambda: _tiny(
+            "gemma4_text",
+            head_dim=16,
+            num_kv_shared_layers=1,
+            num_hidden_layers=3,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=32,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+        ),
+        "share",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", sorted(UNSERVED))

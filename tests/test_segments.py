@@ -52,7 +52,8 @@ def plain_attention(
 
 def query_of(rows: int, num_groups: int, slots: list[int], head_dim: int = HEAD_DIM, softcap: float | None = None) -> Query:
     q = torch.randn(rows, num_groups * len(slots), head_dim, generator=torch.Generator().manual_seed(5))
-    return Query(q, torch.tensor(slots), num_groups, softcap=softcap)
+    # Scores of the same size for every head dim, and large enough to prefer some tokens.
+    return Query(q * 4 * head_dim**-0.5, torch.tensor(slots), num_groups, softcap=softcap)
 
 
 def check_attention(parts: list[Run | Blocks], query: Query) -> None:
@@ -62,7 +63,7 @@ def check_attention(parts: list[Run | Blocks], query: Query) -> None:
     out, lse = plain_attention(query.q, k, v, slots, query)
     got = merge([part.attend(query) for part in parts])
     seen = lse > -torch.inf
-    torch.testing.assert_close(got.out[seen], out[seen].float(), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(got.out[seen], out[seen].float(), atol=5e-5, rtol=1e-4)
     assert (got.out[~seen] == 0).all()
     torch.testing.assert_close(got.lse, lse.float(), atol=2e-5, rtol=1e-5)
 

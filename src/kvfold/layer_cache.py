@@ -3,8 +3,7 @@
     new K, V → sinks (dense) | keep policy → recent (dense) → codec → blocks
 
 A layer first attends to what it holds and to the new tokens, and only then lets go of any: so a chunk loses nothing
-    that its own queries
-were to see. Everything that the layer holds is in three segments, `sink`, `body` and `recent`.
+that its own queries were to see. Everything that the layer holds is in three segments, `sink`, `body` and `recent`.
 """
 
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from kvfold.attention import dispatch
 from kvfold.attention.reference import Partial, Query
 from kvfold.budget import split_over_heads
 from kvfold.errors import PlanError
+from kvfold.handle import Handle, SeenLength
 from kvfold.keep.base import KeepContext
 from kvfold.plan import LayerPlan
 from kvfold.rope import Rope
@@ -32,23 +32,6 @@ class Shape:
     num_kv_heads: int
     head_dim: int
     num_layers: int
-
-
-class SeenLength(int):
-    """A KV length that says: this layer keeps its own slots, build no mask (see kvfold.models.adapter)."""
-
-
-class Handle:
-    """What `LayerCache.update` returns in place of tensors: new tokens on their way to the attention function."""
-
-    def __init__(self, layer: "LayerCache", k: torch.Tensor, v: torch.Tensor):
-        self.layer, self.k, self.v = layer, k, v
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"this cache is compressed and has no '{name}': the model does not use kvfold's attention. "
-            "Make the cache with kvfold.cache(model, plan), and don't change the attention implementation afterwards"
-        )
 
 
 class LayerCache(CacheLayerMixin):

@@ -8,9 +8,8 @@
     hybrid(edge=2, edge_store=int8) | int4
 
 A plan reads from left to right as tokens flow: a keep policy, what is protected from the codec, exceptions for some
-    layers, a codec. Each part may
-be left out. Names and arguments are those of the methods in kvfold.keep and kvfold.store; their dataclass fields are the
-grammar, so that a new method needs no line here.
+layers, a codec. Each part may be left out. Names and arguments are those of the methods in kvfold.keep and
+kvfold.store; their dataclass fields are the grammar, so that a new method needs no line here.
 """
 
 import re

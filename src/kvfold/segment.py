@@ -150,8 +150,8 @@ class Blocks(Segment):
     """Encoded tokens in blocks of a pool; each row owns a list of blocks.
 
     Two ways to know the slots: rows that lose no token are contiguous, and a start and a length say it all; rows that
-        a keep policy
-    thins out hold a slot for every place, -1 where a token has gone, and new tokens fill such holes first.
+    a keep policy thins out hold a slot for every place, -1 where a token has gone, and new tokens fill such holes
+    first.
 
     A codec whose unit is the token moves tokens between blocks without loss. One whose unit is the block (K per
     channel) encodes whole blocks; when enough holes have come together, the emptiest blocks are decoded, merged and

@@ -4,8 +4,7 @@ Devoto et al., A Simple and Effective L2 Norm-Based Strategy for KV Cache Compre
 needs no attention at all.
 
 Differs from the paper: it leaves the first two layers alone, which is a plan's business (`hybrid`), not this
-    policy's; the last tokens can
-be pinned with `recent`.
+policy's; the last tokens can be pinned with `recent`.
 """
 
 from dataclasses import dataclass

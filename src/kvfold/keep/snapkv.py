@@ -7,10 +7,9 @@ the attention of the last `window` queries is summed for each earlier token, smo
     score_t = pool_kernel( Σ_{i in the last window queries} softmax(q_i K^T)_t )
 
 Differs from the paper: prompts are read in chunks, each observed by its own last queries, so that memory is bounded;
-    while text is generated
-(the paper keeps all of it) the observation slides on: each new query adds its attention and the older ones fade by
-1/window. Scores belong to KV heads, the mean over the group or `group=max`. The paper's repository pools by average
-or maximum; `pool` names it.
+while text is generated (the paper keeps all of it) the observation slides on: each new query adds its attention and
+the older ones fade by 1/window. Scores belong to KV heads, the mean over the group or `group=max`. The paper's
+repository pools by average or maximum; `pool` names it.
 """
 
 from dataclasses import dataclass

@@ -21,8 +21,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from kvfold.errors import ModelError, PlanError
+from kvfold.handle import Handle, SeenLength
 from kvfold.kv_cache import KVCache
-from kvfold.layer_cache import Handle, LayerCache, SeenLength, Shape
+from kvfold.layer_cache import LayerCache, Shape
 from kvfold.plan import Plan
 from kvfold.rope import Rope
 
@@ -210,7 +211,10 @@ def attention(
     if isinstance(key, Handle):
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ModelError("a compressed cache takes a 2-D attention mask (batch, tokens), which says where padding is")
-        return key.layer.attend(key, query, attention_mask, scaling, softcap), None
+        if module.training:
+            raise ModelError("a compressed cache serves inference, no gradients pass through it: call model.eval() first")
+        with torch.no_grad():
+            return key.layer.attend(key, query, attention_mask, scaling, softcap), None
     return _plain(query, key, value, attention_mask, scaling, softcap), None
 
 

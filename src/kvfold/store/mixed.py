@@ -1,8 +1,7 @@
 """One codec for K and another for V: `mixed(k=int8, v=int4)`.
 
 K needs more bits than V: its errors are amplified by the softmax, those of V are averaged by it (KIVI, arXiv
-    2402.02750, section 3.2; KVTuner, arXiv
-2502.04420, measures it layer by layer).
+2402.02750, section 3.2; KVTuner, arXiv 2502.04420, measures it layer by layer).
 """
 
 from dataclasses import dataclass, field

@@ -1,0 +1,1 @@
+"""Measuring what a cache costs: generation, quality, bytes and speed."""

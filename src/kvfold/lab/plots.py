@@ -1,0 +1,222 @@
+"""The charts as PNG files. Colour tells what a strategy changes, and so do markers and hatching: they are readable in grey."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.transforms import Bbox
+
+from kvfold.catalog import Changes
+from kvfold.files import replacing
+from kvfold.lab.charts import Chart, Series
+
+COLORS: dict[Changes, str] = {
+    "nothing": "#222222",
+    "how tokens are held": "#0b6fb8",
+    "which tokens stay": "#e08214",
+    "both": "#3c9d62",
+}
+_MARKERS: dict[Changes, str] = {"nothing": "*", "how tokens are held": "o", "which tokens stay": "s", "both": "^"}
+_HATCHES: dict[Changes, str] = {"nothing": "", "how tokens are held": "", "which tokens stay": "///", "both": "..."}
+_DASHES = ("-", "--", ":", "-.")
+_DPI = 150
+_LONGEST_END_LABEL = 24
+"""Characters for which there is room to the right of lines."""
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "hatch.linewidth": 0.6,
+    "hatch.color": "white",
+}
+
+
+def draw(charts: Sequence[Chart], folder: Path, suffix: str = "") -> list[Path]:
+    """Writes each chart to `folder/<name><suffix>.png`. FileError when that fails."""
+    paths = []
+    for chart in charts:
+        path = folder / f"{chart.name}{suffix}.png"
+        with mpl.rc_context(_STYLE), replacing(path) as temporary:
+            _figure(chart).savefig(temporary, format="png", dpi=_DPI)
+        paths.append(path)
+    return paths
+
+
+def _figure(chart: Chart) -> Figure:
+    height = 1.7 + 0.27 * len(chart.series) if chart.form == "bars" else 5.2
+    figure = Figure(figsize=(8, height), dpi=_DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    {"lines": _lines, "bars": _bars, "points": _points}[chart.form](axes, chart)
+    axes.set_title(chart.title, loc="left", fontweight="bold", fontsize=12)
+    axes.set_title(chart.better, loc="right", fontstyle="italic")
+    axes.set_xlabel(chart.x_label)
+    axes.set_ylabel(chart.y_label)
+    figure.supxlabel(textwrap.fill(chart.caption, 140), fontsize=7, color="#555555", x=0.01, ha="left")
+    if chart.form != "bars":
+        # Labels are placed where room is left, which is known only after the layout.
+        canvas.draw()
+        figure.set_layout_engine("none")
+        if chart.form == "lines":
+            _label_ends(axes, chart)
+        else:
+            _label_points(axes, chart, canvas.get_renderer())
+    return figure
+
+
+def _bars(axes: Axes, chart: Chart) -> None:
+    values = [s.ys[-1] for s in chart.series]
+    tops = [s.high or s.ys[-1] for s in chart.series]
+    bars = axes.barh(range(len(values)), values, color=[COLORS[s.changes] for s in chart.series], height=0.72)
+    for bar, series in zip(bars, chart.series, strict=True):
+        bar.set_hatch(_HATCHES[series.changes])
+    for i, s in enumerate(chart.series):
+        if s.low is not None and s.high is not None:
+            axes.plot([s.low, s.high], [i, i], color="black", linewidth=1, marker="|", markersize=5)
+        axes.annotate(f"{s.ys[-1]:.3g}", (tops[i], i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(values)), [s.label for s in chart.series])
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.set_xlim(0, 1.1 * max(tops))
+    axes.grid(axis="y", visible=False)
+    present = {s.changes for s in chart.series}
+    handles = [Patch(facecolor=COLORS[c], hatch=_HATCHES[c], label=f"changes {c}") for c in COLORS if c in present]
+    axes.figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False, fontsize=7.5)
+
+
+def _lines(axes: Axes, chart: Chart) -> None:
+    dashes: dict[Changes, int] = {}
+    for s in chart.series:
+        style = _DASHES[dashes.get(s.changes, 0) % len(_DASHES)]
+        dashes[s.changes] = dashes.get(s.changes, 0) + 1
+        line = style if len(s.xs) > 1 else "none"
+        axes.plot(s.xs, s.ys, color=COLORS[s.changes], marker=_MARKERS[s.changes], linestyle=line, markersize=5, linewidth=1.4)
+    axes.set_ylim(bottom=0)
+    places = sorted({x for s in chart.series for x in s.xs})
+    axes.set_xticks(places, [f"{x:,.0f}" for x in places])
+    axes.set_xlim(0, 1.25 * places[-1])
+    _legend(axes, chart.series, "upper left")
+
+
+def _points(axes: Axes, chart: Chart) -> None:
+    for s in chart.series:
+        size = 110 if s.changes == "nothing" else 45
+        axes.scatter(s.xs, s.ys, s=size, color=COLORS[s.changes], marker=_MARKERS[s.changes], zorder=3, edgecolor="white")
+    axes.plot(*zip(*chart.frontier, strict=True), color="#777777", linewidth=1, linestyle="--", zorder=1)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    xs = [s.xs[0] for s in chart.series]
+    axes.set_xlim(min(xs) / 1.25, max(xs) * 1.35)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}") if max(xs) < 20 * min(xs) else NullFormatter())
+    axes.tick_params(axis="x", which="minor", labelsize=7)
+    _legend(axes, chart.series, "best")
+
+
+def _legend(axes: Axes, series: Sequence[Series], place: Literal["best", "upper left"]) -> None:
+    present = {s.changes for s in series}
+    handles = [
+        Line2D([], [], color=COLORS[c], marker=_MARKERS[c], linestyle="none", label=f"changes {c}")
+        for c in COLORS
+        if c in present
+    ]
+    axes.legend(handles=handles, loc=place, frameon=False, fontsize=7.5)
+
+
+def _label_ends(axes: Axes, chart: Chart) -> None:
+    """Names at the right ends of lines, moved apart where lines end close together."""
+    pixels_per_point = _DPI / 72
+    step = 11 * pixels_per_point
+    ends = [(*axes.transData.transform((s.xs[-1], s.ys[-1])), s) for s in chart.series]
+    ends.sort(key=lambda end: end[1])
+    heights = spread([y for _, y, _ in ends], step, axes.bbox.y0 + step / 2)
+    right = max(x for x, _, _ in ends)
+    for height, (x, y, s) in zip(heights, ends, strict=True):
+        axes.annotate(
+            s.label if len(s.label) <= _LONGEST_END_LABEL else s.label[: _LONGEST_END_LABEL - 1] + "…",
+            (x, y),
+            xycoords="figure pixels",
+            xytext=(right + 22 * pixels_per_point, height),
+            textcoords="figure pixels",
+            va="center",
+            fontsize=7.5,
+            color=COLORS[s.changes],
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "#aaaaaa",
+                "linewidth": 0.6,
+                "shrinkA": 0,
+                "shrinkB": 3,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def spread(wanted: Sequence[float], step: float, lowest: float) -> list[float]:
+    """Places `step` apart at least and none below `lowest`, near those wanted, which ascend; crowds share their middle."""
+    groups: list[list[float]] = []  # what each member wants, less its place in the group
+    for want in wanted:
+        groups.append([want])
+        while len(groups) > 1 and _start(groups[-2], lowest) + step * len(groups[-2]) > _start(groups[-1], lowest):
+            last = groups.pop()
+            groups[-1] += [w - step * len(groups[-1]) for w in last]
+    return [_start(group, lowest) + step * i for group in groups for i in range(len(group))]
+
+
+def _start(group: Sequence[float], lowest: float) -> float:
+    return max(lowest, sum(group) / len(group))
+
+
+def _label_points(axes: Axes, chart: Chart, renderer: RendererAgg) -> None:
+    """Names beside points: each at the nearest of several places that nothing else covers yet."""
+    dots = [axes.transData.transform((s.xs[0], s.ys[0])) for s in chart.series]
+    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in dots]
+    if (legend := axes.get_legend()) is not None:
+        taken.append(legend.get_window_extent(renderer))
+    for s in chart.series:
+        label = axes.annotate(
+            s.label,
+            (s.xs[0], s.ys[0]),
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=8,
+            color=COLORS[s.changes],
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85},  # the frontier passes below it
+        )
+        for dx, dy, ha, va in _PLACES:
+            label.set(ha=ha, va=va)
+            label.xyann = (dx, dy)
+            box = label.get_window_extent(renderer)
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        else:
+            label.set(ha="left", va="center")
+            label.xyann = (7, 0)
+        taken.append(label.get_window_extent(renderer))
+
+
+_PLACES = tuple(
+    place
+    for far in (1, 2, 3)
+    for place in (
+        (7 * far, 0, "left", "center"),
+        (-7 * far, 0, "right", "center"),
+        (0, 7 * far, "center", "bottom"),
+        (0, -7 * far, "center", "top"),
+        (5 * far, 5 * far, "left", "bottom"),
+        (5 * far, -5 * far, "left", "top"),
+        (-5 * far, 5 * far, "right", "bottom"),
+        (-5 * far, -5 * far, "right", "top"),
+    )
+)
