@@ -14,6 +14,7 @@ import torch
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
 import kvfold
+from kvfold.attention.dispatch import kernel_name
 from kvfold.catalog import STRATEGIES
 from kvfold.cli.main import main
 from kvfold.cli.sizes import with_sizes
@@ -92,7 +93,7 @@ def test_the_end_line(run: Kvfold, model_folder: Path, tmp_path: Path) -> None:
     )
     assert result.status == 0
     end = result.err.splitlines()[-1]
-    for word in ("for 219 tokens", "first token after", "tokens/s", "plan window(50)", f"kernel {kvfold.kv_cache.KERNEL}"):
+    for word in ("for 219 tokens", "first token after", "tokens/s", "plan window(50)", f"kernel {kernel_name()}"):
         assert word in end
 
 
@@ -251,7 +252,7 @@ def test_strategies_as_a_table(run: Kvfold, columns: int, monkeypatch: pytest.Mo
 def test_info(run: Kvfold, tmp_path: Path) -> None:
     result = run("info")
     assert result.status == 0
-    for word in (kvfold.__version__, torch.__version__, kvfold.kv_cache.KERNEL, str(tmp_path / "cache"), "not made yet"):
+    for word in (kvfold.__version__, torch.__version__, kernel_name(), str(tmp_path / "cache"), "not made yet"):
         assert word in result.out
 
 

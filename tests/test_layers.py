@@ -14,6 +14,7 @@ FORBIDDEN = {
     "keep": {"store", "attention", "segment", "blocks", "layer_cache", "kv_cache", "models", "lab", "cli", "plan", "catalog"},
     "store": {
         "keep",
+        "kernels",
         "attention",
         "segment",
         "blocks",
@@ -26,6 +27,7 @@ FORBIDDEN = {
         "catalog",
         "budget",
     },
+    "kernels": {"keep", "attention", "segment", "blocks", "layer_cache", "kv_cache", "models", "lab", "cli", "plan", "budget"},
     "attention": {"keep", "segment", "blocks", "layer_cache", "kv_cache", "models", "lab", "cli", "plan"},
     "blocks": {"keep", "segment", "layer_cache", "kv_cache", "models", "lab", "cli", "plan"},
     "segment": {"keep", "layer_cache", "kv_cache", "models", "lab", "cli", "plan"},

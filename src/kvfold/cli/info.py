@@ -18,7 +18,8 @@ def info() -> None:
     import transformers
 
     import kvfold
-    from kvfold.kv_cache import KERNEL
+    from kvfold.attention.dispatch import kernel_name
+    from kvfold.kernels import cpu
     from kvfold.models.packages import cache_folder
 
     rows = {
@@ -31,7 +32,8 @@ def info() -> None:
         "cpu features": " ".join(cpu_features()) or "none known",
         "threads": str(torch.get_num_threads()),
         "cuda": _cuda(),
-        "kernel": KERNEL,
+        "kernel": kernel_name(),
+        "cpu kernels": ", ".join(cpu.available()) or "none: install where there is a C++ compiler, and attention gets faster",
         "cache folder": f"{cache_folder()} ({_size(cache_folder())})",
     }
     width = max(map(len, rows))
