@@ -66,7 +66,7 @@ def test_hybrid_gives_edge_layers_another_codec() -> None:
     cache = kvfold.cache(model, "hybrid(edge=2, edge_store=int8) | int4")
     chunked(model, cache, tokens(1, 140), None, [140])
     widths = [layer.body.pool.fields["k.codes"].shape[-1] for layer in _layers(cache)]
-    assert widths == [16, 16, 8, 16, 16]
+    assert widths == [64, 64, 32, 64, 64], "bytes of a channel's 64 codes"
 
 
 def test_hybrid_counts_only_the_layers_that_it_serves() -> None:

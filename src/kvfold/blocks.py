@@ -115,7 +115,7 @@ class BlockPool:
         """Takes away the blocks of each row beyond `num_blocks`."""
         keep = torch.tensor(num_blocks, device=self.device)[:, None]
         columns = torch.arange(self.table.shape[1], device=self.device)
-        self.table = self.table.masked_fill(columns >= keep, -1)[:, : max(num_blocks)]
+        self.table = self.table.masked_fill(columns >= keep, -1)[:, : max(num_blocks)].contiguous()
         self._collect()
         self.shrink()
 

@@ -49,11 +49,14 @@ class KernelError(KvfoldError):
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A segment as the compiled code sees it. `tensors` keeps alive what it points to."""
+    """A segment as the compiled code sees it: addresses.
+
+    Attributes:
+        tensors: what it points to and may have no other owner. Blocks are owned by their pool, which must outlive it.
+    """
 
     native: Any
-    tensors: tuple[torch.Tensor, ...]
-    contiguous: bool
+    tensors: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,15 +115,11 @@ def describe_blocks(
         _check("slots", slots, (capacity, block), torch.int32)
     if table.numel() and (int(table.max()) >= capacity or int(table.min()) < -1):
         raise ValueError(f"the table names blocks outside of the pool of {capacity}")
-    sides, tensors = [], [*fields.values(), table]
-    for name, side in (("k", codec.k), ("v", codec.v)):
-        native, held = _side(side, part(name, fields), capacity, block, head_dim)
-        sides.append(native)
-        tensors += held
+    sides = [_side(getattr(codec, name), part(name, fields), capacity, block, head_dim) for name in ("k", "v")]
     segment = _native.segment(
         *sides, num_rows, columns, block, head_dim, columns * block, table.data_ptr(), _address(slots), False
     )
-    return Descriptor(segment, (*tensors, *([] if slots is None else [slots])), slots is None)
+    return Descriptor(segment)
 
 
 def describe_run(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> Descriptor:
@@ -141,7 +140,7 @@ def describe_run(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> Descr
     segment = _native.segment(
         *sides, num_rows, columns, RUN_BLOCK, _head_dim(head_dim), num_tokens, 0, slots.data_ptr(), True
     )
-    return Descriptor(segment, tuple(tensors), False)
+    return Descriptor(segment, tuple(tensors))
 
 
 def _inner(codec: TensorCodec) -> TensorCodec:
@@ -154,21 +153,19 @@ def _known(codec: TensorCodec) -> bool:
     return isinstance(codec, Float8) or (isinstance(codec, DenseCodec) and codec.dtype in _KINDS)
 
 
-def _side(codec: TensorCodec, fields: Fields, capacity: int, block: int, head_dim: int) -> tuple[Any, list[torch.Tensor]]:
-    """K or V of blocks, and the tensors beside the fields that it points to."""
-    held: list[torch.Tensor] = []
+def _side(codec: TensorCodec, fields: Fields, capacity: int, block: int, head_dim: int) -> Any:
+    """K or V of blocks."""
     rotation = 0
     if isinstance(codec, Rotated):
-        matrix = hadamard(codec.head_dim)
+        matrix = hadamard(codec.head_dim)  # made once, never freed
         _check("rotation", matrix, (head_dim, head_dim), torch.float32)
-        held, rotation, codec = [matrix], matrix.data_ptr(), codec.inner
+        rotation, codec = matrix.data_ptr(), codec.inner
     _head_dim(head_dim)
     if isinstance(codec, DenseCodec):
         _check("x", fields["x"], (capacity, block, head_dim), codec.dtype)
         line = head_dim * codec.dtype.itemsize
         address = fields["x"].data_ptr()
-        native = _native.side(_KINDS[codec.dtype], False, 0, address, block * line, 0, line, 0, 0, 0, 1, 0.0, rotation)
-        return native, held
+        return _native.side(_KINDS[codec.dtype], False, 0, address, block * line, 0, line, 0, 0, 0, 1, 0.0, rotation)
     codes = fields["codes"]
     if isinstance(codec, Float8):
         _check("codes", codes, (capacity, block, head_dim), torch.uint8)
@@ -177,13 +174,12 @@ def _side(codec: TensorCodec, fields: Fields, capacity: int, block: int, head_di
         kind, scales = _KINDS[codec.format], "half" if codec.scaled else None
         address = _address(fields.get("scale"))
         line = head_dim
-        native = _native.side(
+        return _native.side(
             kind, False, _SCALE_KINDS[scales], codes.data_ptr(), block * line, 0, line, address, 0, 0, 1, 0.0, rotation
         )
-        return native, held
     if not isinstance(codec, Affine):
         raise ValueError(f"the CPU kernels don't know {type(codec).__name__}")
-    return _integer_side(codec, fields, capacity, block, head_dim, rotation), held
+    return _integer_side(codec, fields, capacity, block, head_dim, rotation)
 
 
 def _integer_side(codec: Affine, fields: Fields, capacity: int, block: int, head_dim: int, rotation: int) -> Any:

@@ -48,7 +48,8 @@ Look look(nb::handle given) {
   result.part.first_visible = pointer<int64_t>(nb::cast<uintptr_t>(fields[2]));
   result.starts = nb::cast<std::vector<int64_t>>(fields[3]);
   result.lengths = nb::cast<std::vector<int64_t>>(fields[4]);
-  const size_t rows = result.part.segment->slots ? 0 : size_t(result.part.segment->rows);
+  const Segment& segment = *result.part.segment;
+  const size_t rows = segment.table && !segment.slots ? size_t(segment.rows) : 0;
   if (result.starts.size() != rows || result.lengths.size() != rows) throw nb::value_error("a start and a length for every row");
   return result;
 }

@@ -1,0 +1,325 @@
+"""The compiled kernels against the reference: every codec, layout, shape, instruction set and number of threads."""
+
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvfold.attention import dispatch, reference
+from kvfold.attention.reference import Query
+from kvfold.kernels import cpu
+from kvfold.plan import Plan
+from kvfold.segment import Blocks, Run, Segment
+from kvfold.store.affine import Affine
+from kvfold.store.base import KVCodec, TensorCodec
+from kvfold.store.dense import DenseCodec
+from kvfold.store.fp8 import Float8
+from kvfold.store.rotation import Rotated
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="installed without a compiler")
+
+SETS = cpu.available()
+AFFINES = [
+    Affine(bits, axis, group, symmetric, scales)  # type: ignore[arg-type]
+    for bits, axis, group, symmetric, scales in itertools.product(
+        [8, 4, 2], ["token", "channel"], [16, 32, 64, 128], [False, True], ["half", "log8"]
+    )
+]
+OTHERS: list[TensorCodec] = [
+    *(DenseCodec(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    *(Float8(form, scaled) for form in ("e4m3", "e5m2") for scaled in (True, False)),  # type: ignore[arg-type]
+]
+HEAD_DIMS = [64, 80, 96, 128, 256]
+LENGTHS = [0, 1, 63, 64, 65, 1000]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two ragged rows, whose second is shorter, seen by `num_groups` heads of `num_queries` queries."""
+
+    head_dim: int = 64
+    length: int = 130
+    num_groups: int = 3
+    num_queries: int = 1
+    holes: bool = False
+    softcap: float | None = None
+    windowed: bool = False
+
+
+def blocks_of(codec: KVCodec, case: Case) -> Blocks:
+    generator = torch.Generator().manual_seed(case.length + case.head_dim)
+    lengths = [case.length, case.length // 2]
+    if codec.unit == "block":
+        lengths = [-(-n // codec.block) * codec.block for n in lengths]
+    blocks = Blocks(codec, 2, torch.device("cpu"), contiguous=not case.holes, scored=False)
+    k, v = torch.randn(2, 2, max(lengths), case.head_dim, generator=generator)
+    k[..., 3] += 5  # a channel that is large in every token
+    place = torch.arange(max(lengths))
+    slots = torch.where(place < torch.tensor(lengths)[:, None], place + 4, -1).int()
+    blocks.append(Run(k, v, slots))
+    if case.holes and blocks.width:
+        blocks.drop(torch.rand(2, blocks.width, generator=generator) < 0.4)
+    return blocks
+
+
+def query_of(case: Case) -> Query:
+    generator = torch.Generator().manual_seed(7)
+    q = torch.randn(2, case.num_groups * case.num_queries, case.head_dim, generator=generator)
+    slots = torch.arange(case.num_queries) + case.length + 4
+    first = (slots - case.length // 2).expand(2, -1).contiguous() if case.windowed else None
+    return Query(q * case.head_dim**-0.5, slots, case.num_groups, first, case.softcap)
+
+
+def check(segment: Segment, query: Query, monkeypatch: pytest.MonkeyPatch, sets: list[str] | None = None, threads: int = 1) -> None:
+    """out, lse and mass of every instruction set equal the reference's, to what float32 sums in another order may differ."""
+    assert cpu.supports(segment.codec)
+    wanted = reference.attend(query, segment.codec, segment.tiles())
+    received = reference.mass(query, segment.codec, segment.tiles(), wanted.lse) if segment.width else None
+    torch.set_num_threads(threads)
+    for name in sets or SETS:
+        monkeypatch.setenv(cpu.VARIABLE, name)
+        got = dispatch.attend([(segment, query)])
+        where = f"{name}, {threads} threads"
+        torch.testing.assert_close(got.lse, wanted.lse, atol=2e-5, rtol=1e-5, msg=lambda m, w=where: f"{w}: lse {m}")
+        torch.testing.assert_close(got.out, wanted.out, atol=1e-4, rtol=1e-4, msg=lambda m, w=where: f"{w}: out {m}")
+        if received is not None:
+            mass = dispatch.mass(segment, query, wanted.lse)
+            torch.testing.assert_close(mass, received, atol=1e-5, rtol=2e-4, msg=lambda m, w=where: f"{w}: mass {m}")
+
+
+def fits(codec: TensorCodec, head_dim: int) -> bool:
+    return not isinstance(codec, Affine) or head_dim % (8 // codec.bits) == 0
+
+
+# -- every codec -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", [*AFFINES, *OTHERS], ids=str)
+def test_every_codec_on_both_sides(codec: TensorCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    for head_dim, num_queries in ((64, 1), (128, 1), (80, 1), (64, 5)):
+        case = Case(head_dim, num_queries=num_queries)
+        check(blocks_of(KVCodec(codec, codec), case), query_of(case), monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["dense", "int8", "int4", "int2", "fp8", "kivi(int2)", "mixed(k=int8, v=int4)", "int4(rotate=kv)"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("num_groups", [1, 3, 7, 16])
+def test_plans_over_shapes(name: str, head_dim: int, num_groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = Plan.parse(name).store.codec(head_dim, torch.bfloat16)
+    for length in LENGTHS if (head_dim, num_groups) in ((64, 3), (96, 7)) else (65,):
+        case = Case(head_dim, length, num_groups)
+        segment, query = blocks_of(codec, case), query_of(case)
+        check(segment, query, monkeypatch)
+        check(segment, query, monkeypatch, SETS[:1], threads=2)
+
+
+@settings(max_examples=80)
+@given(
+    st.sampled_from([*AFFINES, *OTHERS]),
+    st.sampled_from([*AFFINES, *OTHERS]),
+    st.builds(
+        Case,
+        head_dim=st.sampled_from([16, 20, *HEAD_DIMS]),
+        length=st.sampled_from([*LENGTHS, 128, 257]),
+        num_groups=st.sampled_from([1, 3, 4, 7]),
+        num_queries=st.sampled_from([1, 2, 9, 70]),
+        holes=st.booleans(),
+        softcap=st.sampled_from([None, 20.0]),
+        windowed=st.booleans(),
+    ),
+    st.sampled_from(["none", "k", "v", "kv"]),
+    st.integers(1, 3),
+)
+def test_any_combination(k: TensorCodec, v: TensorCodec, case: Case, rotate: str, threads: int) -> None:
+    if not fits(k, case.head_dim) or not fits(v, case.head_dim):
+        return
+    if k.unit != v.unit and {k.unit, v.unit} == {"token", "block"}:
+        case = replace(case, length=-(-case.length // 128) * 128)
+    k, v = (Rotated(c, case.head_dim) if side in rotate else c for side, c in (("k", k), ("v", v)))
+    with pytest.MonkeyPatch.context() as patch:
+        check(blocks_of(KVCodec(k, v), case), query_of(case), patch, threads=threads)
+
+
+# -- dense runs --------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([20, *HEAD_DIMS]),
+    st.lists(st.sampled_from([0, 1, 5, 63, 64, 65, 300]), min_size=2, max_size=2),
+    st.integers(0, 300),
+    st.sampled_from([1, 4, 40, 200]),
+    st.booleans(),
+)
+def test_runs_are_causal(
+    dtype: torch.dtype, head_dim: int, counts: list[int], first: int, num_queries: int, strided: bool
+) -> None:
+    """Queries in the middle of a run's slots, over memory that other heads lie in between."""
+    width = max(counts)
+    x = torch.randn(2, width, 4, head_dim).to(dtype)
+    k, v = (x[:, :, 1], x[:, :, 3]) if strided else (x[:, :, 1].contiguous(), x[:, :, 3].contiguous())
+    place = torch.arange(width)
+    run = Run(k, v, torch.where(place < torch.tensor(counts)[:, None], place, -1).int())
+    q = torch.randn(2, 3 * num_queries, head_dim) * head_dim**-0.5
+    query = Query(q, torch.arange(num_queries) + first, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        check(run, query, patch, threads=2)
+
+
+def test_several_segments_in_one_call() -> None:
+    """Codes that are rotated, codes that are not and a dense run; one of them with queries of its own."""
+    case = Case(length=192)
+    query = query_of(case)
+    turned = replace(query, q=query.q.flip(1))
+    parts = [
+        (blocks_of(Plan.parse(name).store.codec(64, torch.float32), case), asked)
+        for name, asked in (("int4", query), ("int8(rotate=kv)", query), ("fp8", turned))
+    ]
+    k, v = torch.randn(2, 2, 70, 64)
+    run = Run(k, v, torch.arange(150, 220).int().expand(2, -1))
+    looks = [*parts, (run, query)]
+    wanted = reference.merge([reference.attend(asked, part.codec, part.tiles()) for part, asked in looks])
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        got = dispatch.attend(looks)
+        torch.testing.assert_close(got.out, wanted.out, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(got.lse, wanted.lse, atol=2e-5, rtol=1e-5)
+
+
+def test_what_sees_nothing_is_zero() -> None:
+    case = Case(length=64)
+    query = replace(query_of(case), first_visible=torch.full((2, 1), 999))
+    got = dispatch.attend([(blocks_of(Plan.parse("int8").store.codec(64, torch.float32), case), query)])
+    assert (got.out == 0).all()
+    assert (got.lse == -torch.inf).all()
+
+
+def test_large_scores_do_not_overflow() -> None:
+    case = Case(length=128)
+    query = query_of(case)
+    check(blocks_of(KVCodec(DenseCodec(torch.float32), DenseCodec(torch.float32)), case), query, pytest.MonkeyPatch())
+    huge = replace(query, q=query.q * 1e4)
+    got = dispatch.attend([(blocks_of(Plan.parse("int8").store.codec(64, torch.float32), case), huge)])
+    assert got.out.isfinite().all()
+    assert got.lse.isfinite().all()
+
+
+# -- which kernel ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_kernel_is_chosen_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(cpu.VARIABLE, raising=False)
+    assert dispatch.kernel_name() == f"cpu-{SETS[0]}"
+    for name in SETS:
+        monkeypatch.setenv(cpu.VARIABLE, name)
+        assert dispatch.kernel_name() == f"cpu-{name}"
+    monkeypatch.setenv(cpu.VARIABLE, "off")
+    assert dispatch.kernel_name() == "torch-reference"
+    assert dispatch.kernel_name(device="cuda") == "torch-reference"
+    monkeypatch.setenv(cpu.VARIABLE, "sse9")
+    with pytest.raises(cpu.KernelError, match="sse9"):
+        dispatch.kernel_name()
+
+
+def test_an_unknown_codec_runs_on_the_reference() -> None:
+    @dataclass(frozen=True)
+    class Other(DenseCodec):
+        """A codec that the kernels have not heard of."""
+
+    for codec in (DenseCodec(torch.float64), Other(torch.float32)):
+        pair = KVCodec(codec, codec)
+        assert not cpu.supports(pair)
+        assert dispatch.kernel_name(pair) == "torch-reference"
+        case = Case(length=64)
+        assert dispatch.attend([(blocks_of(pair, case), query_of(case))]).out.isfinite().all()
+
+
+def test_a_forked_process_attends_too() -> None:
+    code = """
+import os, torch
+torch.set_num_threads(2)
+from kvfold.attention.dispatch import attend
+from kvfold.attention.reference import Query
+from kvfold.segment import Run
+run = Run(*torch.randn(2, 8, 4096, 64), torch.arange(4096).int().expand(8, -1))
+query = Query(torch.randn(8, 3, 64), torch.tensor([4096]), 3)
+before = attend([(run, query)]).out
+child = os.fork()
+if not child:
+    os._exit(int(not torch.equal(before, attend([(run, query)]).out)))
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=dict(os.environ))
+
+
+# -- what must be refused ----------------------------------------------------------------------------------------------------
+
+
+def describe(codec: KVCodec, change: str, value: object) -> None:
+    blocks = blocks_of(codec, Case(length=128))
+    fields, table = dict(blocks.pool.fields), blocks.pool.table
+    if change == "table":
+        table = value(table)  # type: ignore[operator]
+    else:
+        fields[change] = value(fields[change])  # type: ignore[operator]
+    cpu.describe_blocks(codec, fields, table, None, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ("k.codes", lambda x: x.float()),
+        ("k.codes", lambda x: x[:, :, :-1]),
+        ("k.codes", lambda x: x.mT),
+        ("k.scale", lambda x: x[:-1]),
+        ("k.scale", lambda x: x[..., None]),
+        ("k.base", lambda x: x.float()),
+        ("k.zero", lambda x: x.to("meta")),
+        ("v.codes", lambda x: x[::2]),
+        ("v.scale", lambda x: x.half()),
+        ("table", lambda x: x.int()),
+        ("table", lambda x: x + 1000),
+        ("table", lambda x: x - 5),
+    ],
+)
+def test_wrong_blocks_are_refused(change: str, value: object) -> None:
+    with pytest.raises(ValueError, match=r"must be|names blocks|scales"):
+        describe(Plan.parse("int8").store.codec(64, torch.float32), change, value)
+
+
+def test_wrong_runs_and_queries_are_refused() -> None:
+    k = torch.randn(2, 8, 64)
+    slots = torch.arange(8).int().expand(2, -1)
+    for bad in (k.double(), k[:, :4], k.bfloat16(), k.to("meta"), k[0]):
+        with pytest.raises(ValueError):  # noqa: PT011  (any: the point is that nothing crashes)
+            cpu.describe_run(k, bad, slots)
+    for bad_slots in (slots.long(), slots[:, :4], slots[:1]):
+        with pytest.raises(ValueError, match="slots"):
+            cpu.describe_run(k, k, bad_slots)
+    with pytest.raises(ValueError, match="head dims"):
+        cpu.describe_run(torch.randn(1, 1, 4096), torch.randn(1, 1, 4096), slots[:1, :1])
+    segment = cpu.describe_run(k, k, slots)
+    q, at = torch.randn(2, 3, 64), torch.tensor([9])
+    for look, when in (
+        (cpu.Look(segment, q.double(), None, (), ()), at),
+        (cpu.Look(segment, q.mT.contiguous().mT, None, (), ()), at),
+        (cpu.Look(segment, q[:1], None, (), ()), at),
+        (cpu.Look(segment, q[..., :32].contiguous(), None, (), ()), at),
+        (cpu.Look(segment, q, torch.zeros(2, 2, dtype=torch.long), (), ()), at),
+        (cpu.Look(segment, q, None, (0, 0), (8, 8)), at),
+        (cpu.Look(segment, q, None, (), ()), at.int()),
+        (cpu.Look(segment, q, None, (), ()), torch.tensor([9, 10])),
+    ):
+        with pytest.raises(ValueError):  # noqa: PT011
+            cpu.attend([look], when, 3, None)
+    with pytest.raises(ValueError, match="lse"):
+        cpu.mass(cpu.Look(segment, q, None, (), ()), at, 3, None, torch.zeros(2, 2), 8)
+    with pytest.raises(ValueError, match="width"):
+        cpu.mass(cpu.Look(segment, q, None, (), ()), at, 3, None, torch.zeros(2, 3), 9)
