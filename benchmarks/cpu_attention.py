@@ -3,8 +3,8 @@
     python benchmarks/cpu_attention.py [--contexts 512 2048 8192 32768] [--threads 2]
 
 The shape is SmolLM2-135M's by default: 30 layers, 9 query heads on 3 KV heads of 64. Every layer has memory of its own, so that
-nothing is read from a cache that a model would not find it in. Variants are interleaved; a number is the median over
-repeats of the mean over `--rounds` passes. The last line is JSON.
+nothing is read from a cache that a model would not find it in. Variants take turns, repeat by repeat; a number is the median of
+the repeats' medians over passes, which a machine that is also used by others disturbs less than means. The last line is JSON.
 """
 
 import argparse
@@ -73,26 +73,25 @@ def read_bandwidth(num_threads: int) -> float:
     """GB/s at which torch sums up memory that no cache holds."""
     torch.set_num_threads(num_threads)
     x = torch.ones(512 * 2**20 // 8, dtype=torch.int64)
-    best = min(_timed(lambda: x.sum(), 1) for _ in range(5))
+    best = min(_timed(lambda: x.sum()) for _ in range(7))
     return x.nbytes / best / 1e9
 
 
-def _timed(run: Callable[[], object], rounds: int) -> float:
+def _timed(run: Callable[[], object]) -> float:
     start = time.perf_counter()
-    for _ in range(rounds):
-        run()
-    return (time.perf_counter() - start) / rounds
+    run()
+    return time.perf_counter() - start
 
 
 def measure(args: argparse.Namespace, num_tokens: int) -> Iterator[dict[str, object]]:
     variants = {"sdpa bf16": sdpa(args, num_tokens)} | {name: kvfold(args, num_tokens, PLANS[name]) for name in args.plans}
     times: dict[str, list[float]] = {name: [] for name in variants}
-    rounds = max(2, args.rounds * 2048 // num_tokens)
+    rounds = max(3, args.rounds * 2048 // num_tokens)
     for run, _ in variants.values():
         run()
     for _ in range(args.repeats):
         for name, (run, _) in variants.items():
-            times[name].append(_timed(run, rounds))
+            times[name].append(statistics.median(_timed(run) for _ in range(rounds)))
     base = statistics.median(times["sdpa bf16"])
     for name, (_, num_bytes) in variants.items():
         median = statistics.median(times[name])

@@ -24,7 +24,7 @@ from kvfold.store.rotation import Rotated
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="installed without a compiler")
 
-SETS = cpu.available()
+SETS = list(cpu.available())
 AFFINES = [
     Affine(bits, axis, group, symmetric, scales)  # type: ignore[arg-type]
     for bits, axis, group, symmetric, scales in itertools.product(
@@ -35,6 +35,7 @@ OTHERS: list[TensorCodec] = [
     *(DenseCodec(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
     *(Float8(form, scaled) for form in ("e4m3", "e5m2") for scaled in (True, False)),  # type: ignore[arg-type]
 ]
+PLANS = ["dense", "int8", "int4", "int2", "fp8", "kivi(int2)", "mixed(k=int8, v=int4)", "int4(rotate=kv)"]
 HEAD_DIMS = [64, 80, 96, 128, 256]
 LENGTHS = [0, 1, 63, 64, 65, 1000]
 
@@ -76,7 +77,9 @@ def query_of(case: Case) -> Query:
     return Query(q * case.head_dim**-0.5, slots, case.num_groups, first, case.softcap)
 
 
-def check(segment: Segment, query: Query, monkeypatch: pytest.MonkeyPatch, sets: list[str] | None = None, threads: int = 1) -> None:
+def check(
+    segment: Segment, query: Query, monkeypatch: pytest.MonkeyPatch, sets: list[str] | None = None, threads: int = 1
+) -> None:
     """out, lse and mass of every instruction set equal the reference's, to what float32 sums in another order may differ."""
     assert cpu.supports(segment.codec)
     wanted = reference.attend(query, segment.codec, segment.tiles())
@@ -107,7 +110,9 @@ def test_every_codec_on_both_sides(codec: TensorCodec, monkeypatch: pytest.Monke
         check(blocks_of(KVCodec(codec, codec), case), query_of(case), monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["dense", "int8", "int4", "int2", "fp8", "kivi(int2)", "mixed(k=int8, v=int4)", "int4(rotate=kv)"])
+@pytest.mark.parametrize(
+    "name", ["dense", "int8", "int4", "int2", "fp8", "kivi(int2)", "mixed(k=int8, v=int4)", "int4(rotate=kv)"]
+)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("num_groups", [1, 3, 7, 16])
 def test_plans_over_shapes(name: str, head_dim: int, num_groups: int, monkeypatch: pytest.MonkeyPatch) -> None:

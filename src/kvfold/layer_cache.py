@@ -156,7 +156,7 @@ class LayerCache(CacheLayerMixin):
         slots = torch.arange(first, self.num_seen, device=q.device)
         real = None if padding is None else padding[:, first : self.num_seen]
         chunk = self._chunk(handle, slots, real)
-        ranks = self._ranks(num_queries, real, q.device)
+        ranks = self._ranks(num_queries, real, q.device) if self.plan.keep else None
         query = Query(
             q=(q.float() * scaling).reshape(rows, groups * num_queries, head_dim),
             slots=slots,
@@ -186,7 +186,7 @@ class LayerCache(CacheLayerMixin):
             run = Run(k, v, new_slots.masked_fill(~mask, -1)).where(mask)
             self.num_real = [n + c for n, c in zip(self.num_real, real.sum(1).tolist(), strict=True)]
         else:
-            run = Run(k, v, new_slots)
+            run = Run(k, v, new_slots, whole=True)
             self.num_real = [n + num_new for n in self.num_real]
         if scored:
             assert self.plan.keep is not None
@@ -200,10 +200,12 @@ class LayerCache(CacheLayerMixin):
             return after - num_queries + torch.arange(num_queries, device=device)
         return after - real.sum(1, keepdim=True) + real.long().cumsum(1) - 1
 
-    def _first_visible(self, slots: torch.Tensor, ranks: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor | None:
+    def _first_visible(
+        self, slots: torch.Tensor, ranks: torch.Tensor | None, padding: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """`[R, Q]`: for strict windows, the first slot that each query sees (sinks aside)."""
         keep = self.plan.keep
-        if keep is None or not keep.strict:
+        if keep is None or ranks is None or not keep.strict:
             return None
         window = self._allowed(ranks + 1) - self.plan.sink
         if padding is None:
@@ -225,15 +227,17 @@ class LayerCache(CacheLayerMixin):
 
     def _fill_sinks(self, chunk: Run) -> Run:
         """The first tokens of each sequence go to the sinks, where they stay."""
+        if chunk.width == 0 or (self.sink.whole and self.sink.width == self.plan.sink):
+            return chunk
         missing = self.plan.sink - self.sink.counts()
-        if chunk.width == 0 or not bool((missing > 0).any()):
+        if not bool((missing > 0).any()):
             return chunk
         sinks, chunk = chunk.split(missing.clamp_min(0))
         sinks.score = None
         self.sink = join(self.sink, sinks).owned()
         return chunk
 
-    def _attend_all(self, query: Query, chunk: Run, ranks: torch.Tensor) -> Partial:
+    def _attend_all(self, query: Query, chunk: Run, ranks: torch.Tensor | None) -> Partial:
         looks: list[tuple[Segment, Query]] = [(segment, query) for segment in self._moving(chunk)]
         if self.sink.width:
             looks.insert(0, (self.sink, self._query_of_sinks(query, ranks)))
@@ -245,11 +249,11 @@ class LayerCache(CacheLayerMixin):
         """What a keep policy chooses from, oldest first."""
         return [segment for segment in (self.body, self.recent, chunk) if segment.width]
 
-    def _query_of_sinks(self, query: Query, ranks: torch.Tensor) -> Query:
+    def _query_of_sinks(self, query: Query, ranks: torch.Tensor | None) -> Query:
         """Sinks are seen by every query; with re-indexed positions, from as near as the cache is long."""
         q = query.q
         keep = self.plan.keep
-        if keep is not None and keep.reindex:
+        if keep is not None and ranks is not None and keep.reindex:
             assert self.rope is not None
             gone = (ranks + 1 - self._allowed(ranks + 1)).clamp_min(0)
             by_query = q.view(len(self.num_real), -1, len(query.slots), q.shape[-1])
@@ -328,9 +332,11 @@ class LayerCache(CacheLayerMixin):
             self.body.tidy()
             return
         dense = join(self.recent, chunk)
-        excess = (dense.counts() - self.plan.window).clamp_min(0)
-        if self.body.codec.unit == "block":
-            excess = excess // self.body.pool.block * self.body.pool.block
+        unit = self.body.pool.block if self.body.codec.unit == "block" else 1
+        if dense.width - self.plan.window < unit:  # nothing to encode in the longest row
+            self.recent = dense.owned()
+            return
+        excess = (dense.counts() - self.plan.window).clamp_min(0) // unit * unit
         if bool((excess > 0).any()):
             old, dense = dense.split(excess)
             self.body.append(old)
@@ -378,7 +384,9 @@ class LayerCache(CacheLayerMixin):
         self.lazy_initialization(none, none)
         self.num_seen, self.num_real = numbers["num_seen"], list(numbers["num_real"])
         held = {name: part(name, tensors) for name in ("sink", "recent", "body")}
-        self.sink, self.recent = Run(**held["sink"]), Run(**held["recent"])
+        self.sink, self.recent = (
+            Run(run["k"], run["v"], run["slots"], run.get("score")) for run in (held["sink"], held["recent"])
+        )
         self.body.restore(held["body"], numbers["starts"], list(numbers["lengths"]))
 
     # -- what is there ---------------------------------------------------------------------------------------------------

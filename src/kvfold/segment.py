@@ -53,17 +53,24 @@ class Run(Segment):
         k, v: `[R, N, D]` in the model's type.
         slots: `[R, N] int32`; each row's tokens come first, by slot, then -1.
         score: `[R, N] float32`, what the keep policy knows of each token, or None.
+        whole: known to have a token at every place; False where nobody has looked.
     """
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, score: torch.Tensor | None = None):
-        self.k, self.v, self.slots, self.score = k, v, slots, score
-        self.codec = KVCodec(DenseCodec(k.dtype), DenseCodec(v.dtype))
+    def __init__(
+        self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, score: torch.Tensor | None = None, *, whole: bool = False
+    ):
+        self.k, self.v, self.slots, self.score, self.whole = k, v, slots, score, whole
+        self._descriptor: cpu.Descriptor | None = None
+
+    @property
+    def codec(self) -> KVCodec:  # type: ignore[override]
+        return KVCodec(DenseCodec(self.k.dtype), DenseCodec(self.v.dtype))
 
     @staticmethod
     def empty(num_rows: int, head_dim: int, dtype: torch.dtype, device: torch.device, scored: bool) -> "Run":
         kv = torch.empty(num_rows, 0, head_dim, dtype=dtype, device=device)
         slots = torch.empty(num_rows, 0, dtype=torch.int32, device=device)
-        return Run(kv, kv.clone(), slots, slots.float() if scored else None)
+        return Run(kv, kv.clone(), slots, slots.float() if scored else None, whole=True)
 
     @property
     def width(self) -> int:
@@ -72,6 +79,8 @@ class Run(Segment):
 
     def counts(self) -> torch.Tensor:
         """`[R] long`: tokens of each row."""
+        if self.whole:
+            return torch.full((len(self.slots),), self.width, device=self.slots.device)
         return (self.slots >= 0).sum(1)
 
     def tiles(self) -> Iterator[Tile]:
@@ -81,7 +90,11 @@ class Run(Segment):
             yield Tile(fields, self.slots[:, span].long(), causal=True)
 
     def locate(self, head_dim: int) -> Located | None:
-        return Located(cpu.describe_run(self.k, self.v, self.slots))
+        if not cpu.supports_dense(self.k.dtype):
+            return None
+        if self._descriptor is None:  # what a run holds never changes
+            self._descriptor = cpu.describe_run(self.k, self.v, self.slots)
+        return Located(self._descriptor)
 
     def where(self, stays: torch.Tensor) -> "Run":
         """Only the tokens that `stays [R, N] bool` marks, in order."""
@@ -94,6 +107,7 @@ class Run(Segment):
         run = self.take(order)
         absent = torch.arange(width, device=order.device) >= counts[:, None]
         run.slots = run.slots.masked_fill(absent, -1)
+        run.whole = bool((counts == width).all())
         return run
 
     def take(self, order: torch.Tensor) -> "Run":
@@ -110,7 +124,7 @@ class Run(Segment):
     def rows(self, rows: torch.Tensor) -> "Run":
         """The run of other rows (beams, a smaller batch)."""
         score = None if self.score is None else self.score[rows]
-        return Run(self.k[rows], self.v[rows], self.slots[rows], score)
+        return Run(self.k[rows], self.v[rows], self.slots[rows], score, whole=self.whole)
 
     def owned(self) -> "Run":
         """The same run in memory of its own, not as a view of something larger that would be kept alive."""
@@ -118,7 +132,8 @@ class Run(Segment):
         def own(x: torch.Tensor) -> torch.Tensor:
             return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
 
-        return Run(own(self.k), own(self.v), own(self.slots), None if self.score is None else own(self.score))
+        score = None if self.score is None else own(self.score)
+        return Run(own(self.k), own(self.v), own(self.slots), score, whole=self.whole)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.k.float(), self.v.float(), self.slots.long()
@@ -142,8 +157,9 @@ def join(first: Run, second: Run) -> Run:
         torch.cat([first.v, second.v], 1),
         torch.cat([first.slots, second.slots], 1),
         score,
+        whole=first.whole and second.whole,
     )
-    return run.where(run.slots >= 0)
+    return run if run.whole else run.where(run.slots >= 0)
 
 
 class Blocks(Segment):
@@ -163,6 +179,7 @@ class Blocks(Segment):
         self.pool = BlockPool(num_rows, codec.block, device, slots=not contiguous, scored=scored)
         self.starts: list[int] | None = [0] * num_rows if contiguous else None
         self.lengths = [0] * num_rows if contiguous else []
+        self._readable = cpu.supports(codec)
         self._described: tuple[tuple[int, ...], cpu.Descriptor] | None = None
 
     # -- what is there ---------------------------------------------------------------------------------------------------
@@ -214,7 +231,7 @@ class Blocks(Segment):
 
     def locate(self, head_dim: int) -> Located | None:
         pool = self.pool
-        if not pool.fields:
+        if not self._readable or not pool.fields:
             return None
         mark = pool.mark()
         if self._described is None or self._described[0] != mark:

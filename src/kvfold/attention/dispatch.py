@@ -35,7 +35,8 @@ class Located:
 class Attended(Protocol):
     """What attention needs of a segment."""
 
-    codec: KVCodec
+    @property
+    def codec(self) -> KVCodec: ...
 
     @property
     def width(self) -> int: ...
@@ -57,8 +58,9 @@ def attend(looks: Sequence[tuple[Attended, Query]]) -> Partial:
     """Attention over several segments together; their queries differ in q and first_visible only."""
     located: list[tuple[Located, Query]] = []
     partials: list[Partial] = []
+    compiled = _compiled(looks[0][1])
     for segment, query in looks:
-        if place := _locate(segment, query):
+        if compiled and (place := segment.locate(query.q.shape[-1])):
             located.append((place, query))
         else:
             partials.append(reference.attend(query, segment.codec, segment.tiles()))
@@ -71,15 +73,13 @@ def attend(looks: Sequence[tuple[Attended, Query]]) -> Partial:
 
 def mass(segment: Attended, query: Query, lse: torch.Tensor) -> torch.Tensor:
     """`[R, G, N]`: see `kvfold.attention.reference.mass`."""
-    if place := _locate(segment, query):
+    if _compiled(query) and (place := segment.locate(query.q.shape[-1])):
         return cpu.mass(_look(place, query), query.slots, query.num_groups, query.softcap, lse, segment.width)
     return reference.mass(query, segment.codec, segment.tiles(), lse)
 
 
-def _locate(segment: Attended, query: Query) -> Located | None:
-    if query.q.device.type != "cpu" or cpu.chosen() is None or not cpu.supports(segment.codec):
-        return None
-    return segment.locate(query.q.shape[-1])
+def _compiled(query: Query) -> bool:
+    return query.q.device.type == "cpu" and cpu.chosen() is not None
 
 
 def _look(place: Located, query: Query) -> cpu.Look:

@@ -50,8 +50,8 @@ class Affine(TensorCodec):
         symmetric: no zero point: levels are s · (c - (2^bits - 1) / 2).
         scales: how scales are stored; per channel `log8` also has a field `base [..., 1]`.
 
-    Codes are `[..., T, D * bits / 8] uint8` per token and `[..., D, T * bits / 8]` per channel: so a kernel reads the codes that
-    share a scale, or that are added up over the same query, side by side.
+    Codes are `[..., T, D * bits / 8] uint8` per token and `[..., D, T * bits / 8]` per channel: so the codes that share a
+    scale lie side by side, and a kernel multiplies a whole vector of them with one number of the query or the probabilities.
 
     Round trip: |x - decode(encode(x))| <= step / 2, where step is the stored scale.
     """

@@ -5,6 +5,7 @@ The instruction set is the best that the machine has; KVFOLD_CPU=avx512, avx2 or
 none: attention then runs on the reference.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,10 +77,10 @@ class Look:
     lengths: Sequence[int]
 
 
-def available() -> list[str]:
+@functools.cache
+def available() -> tuple[str, ...]:
     """Instruction sets that this build and machine have, the best first; empty without compiled kernels."""
-    names: list[str] = _native.available() if _native else []
-    return names
+    return tuple(_native.available()) if _native else ()
 
 
 def chosen() -> str | None:
@@ -102,6 +103,11 @@ def chosen() -> str | None:
 def supports(codec: KVCodec) -> bool:
     """Whether the compiled code knows how to read what this codec writes."""
     return codec.block % 64 == 0 and all(_known(_inner(side)) for side in (codec.k, codec.v))
+
+
+def supports_dense(dtype: torch.dtype) -> bool:
+    """Whether dense tokens of this type can be read."""
+    return dtype in _KINDS
 
 
 def describe_blocks(
@@ -127,30 +133,29 @@ def describe_run(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> Descr
     num_rows, num_tokens, head_dim = k.shape
     slots = slots.contiguous()
     _check("slots", slots, (num_rows, num_tokens), torch.int32)
-    sides, tensors = [], [slots]
-    for name, x in (("k", k), ("v", v)):
-        if x.stride(-1) != 1:
-            x = x.contiguous()
-        if x.device.type != "cpu" or x.shape != k.shape or x.dtype not in _KINDS or x.dtype != k.dtype:
-            raise ValueError(f"{name} must be like k, of float32, bfloat16 or float16 on the CPU: {x.dtype} {tuple(x.shape)}")
-        row, line = (stride * x.element_size() for stride in x.stride()[:2])
-        sides.append(_native.side(_KINDS[x.dtype], False, 0, x.data_ptr(), 0, row, line, 0, 0, 0, 1, 0.0, 0))
-        tensors.append(x)
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    dtype, size = k.dtype, k.element_size()
+    if not (k.is_cpu and v.is_cpu and k.shape == v.shape and dtype == v.dtype and dtype in _KINDS):
+        is_so = f"{k.dtype} {tuple(k.shape)} on {k.device}, {v.dtype} {tuple(v.shape)} on {v.device}"
+        raise ValueError(f"k and v must be alike, of float32, bfloat16 or float16, on the CPU; they are {is_so}")
+    sides = []
+    for x in (k, v):
+        row, line, _ = x.stride()
+        sides.append(_native.side(_KINDS[dtype], False, 0, x.data_ptr(), 0, row * size, line * size, 0, 0, 0, 1, 0.0, 0))
     columns = -(-num_tokens // RUN_BLOCK)
-    segment = _native.segment(
-        *sides, num_rows, columns, RUN_BLOCK, _head_dim(head_dim), num_tokens, 0, slots.data_ptr(), True
-    )
-    return Descriptor(segment, tuple(tensors))
+    segment = _native.segment(*sides, num_rows, columns, RUN_BLOCK, _head_dim(head_dim), num_tokens, 0, slots.data_ptr(), True)
+    return Descriptor(segment, (k, v, slots))
 
 
 def _inner(codec: TensorCodec) -> TensorCodec:
-    return codec.inner if isinstance(codec, Rotated) else codec
+    return codec.inner if type(codec) is Rotated else codec
 
 
 def _known(codec: TensorCodec) -> bool:
-    if isinstance(codec, Affine):
+    """By exact type: a subclass may write its fields in another way."""
+    if type(codec) is Affine:
         return codec.bits in (8, 4, 2) and (codec.axis == "token" or codec.block % codec.group == 0)
-    return isinstance(codec, Float8) or (isinstance(codec, DenseCodec) and codec.dtype in _KINDS)
+    return type(codec) is Float8 or (type(codec) is DenseCodec and codec.dtype in _KINDS)
 
 
 def _side(codec: TensorCodec, fields: Fields, capacity: int, block: int, head_dim: int) -> Any:
@@ -228,7 +233,7 @@ def _head_dim(head_dim: int) -> int:
 
 
 def _check(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if x.device.type != "cpu" or x.dtype != dtype or tuple(x.shape) != shape or not x.is_contiguous():
+    if not x.is_cpu or x.dtype != dtype or x.shape != shape or not x.is_contiguous():
         is_so = f"{x.dtype} {tuple(x.shape)} strides {x.stride()} on {x.device}"
         raise ValueError(f"{name} must be {dtype} {shape}, contiguous, on the CPU; it is {is_so}")
 

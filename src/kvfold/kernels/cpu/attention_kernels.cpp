@@ -2,6 +2,7 @@
 // KVFOLD_KERNELS names what comes out. The formulas of the folding are in kvfold/store/affine.py.
 #include <cfloat>
 #include <cmath>
+#include <initializer_list>
 
 #include "products.h"
 
@@ -43,6 +44,7 @@ struct Workspace {
 // One block as a task sees it.
 struct Block {
   int64_t id;     // in the pool, or 0
+  int64_t ahead;  // blocks of the pool from this one to the next of the row
   int count;      // places up to the last token
   bool holes;     // some of them are empty
   int64_t lowest, highest;  // slots
@@ -54,7 +56,7 @@ bool find_block(const Part& part, int row, int column, Block& block) {
   const Segment& s = *part.segment;
   const int first = column * s.block;
   int places = s.block;
-  block.id = 0;
+  block.id = block.ahead = 0;
   if (s.table) {
     block.id = s.table[int64_t(row) * s.columns + column];
     if (block.id < 0) return false;
@@ -91,6 +93,24 @@ bool find_block(const Part& part, int row, int column, Block& block) {
   block.lowest = lowest;
   block.highest = highest;
   return count > 0;
+}
+
+// Where the next block of a pool is, seen from this one. The products ask for its codes line by line while they work on this
+// one's: the processor's own prefetching ends at a page, and a block of a pool rarely continues the one before.
+int64_t next_block(const Task& task, int column, const Block& block) {
+  const Segment& s = *task.part->segment;
+  if (!s.table || column + 1 >= task.end_column) return 0;
+  const int64_t id = s.table[int64_t(task.row) * s.columns + column + 1];
+  if (id < 0) return 0;
+  for (const Side* side : {&s.k, &s.v}) {
+    if (side->scale_kind == ScaleKind::NONE) continue;
+    const int each = side->scale_kind == ScaleKind::HALF ? 2 : 1;
+    const int64_t scales = int64_t(side->groups) * (side->by_channel ? s.head_dim : s.block);
+    for (int64_t i = 0; i < scales * each; i += 64) __builtin_prefetch(side->scale + id * scales * each + i);
+    if (!side->zero) continue;
+    for (int64_t i = 0; i < scales; i += 32) __builtin_prefetch(side->zero + id * scales + i);
+  }
+  return id - block.id;
 }
 
 struct Range {
@@ -252,10 +272,10 @@ void score(const Shape& shape, const Task& task, const Block& block, const Works
     for (int m = 0; m < vectors; m++) {
       for (int t = 0; t < s.block; t += W) store(w.scores + int64_t(m) * w.ld_t + t, all(w.sums[t / width * vectors + m]));
     }
-    const Matrix codes = {block.k, k.line_bytes, d, s.block, k.groups};
+    const Matrix codes = {block.k, k.line_bytes, d, s.block, k.groups, block.ahead * k.block_bytes};
     across(k.kind, codes, d, w.folded, vectors, w.ld_d, int64_t(vectors) * w.ld_d, w.scores, w.ld_t);
   } else if (!k.by_channel && in_registers(k, d, vectors)) {
-    const Matrix codes = {block.k, k.line_bytes, block.count, d, k.groups};
+    const Matrix codes = {block.k, k.line_bytes, block.count, d, k.groups, block.ahead * k.block_bytes};
     along(k.kind, codes, w.q, vectors, w.ld_d, scaled ? w.scale : nullptr, w.ld_t, w.scores, w.ld_t, false);
     if (has_zero) add_zeros(k, w.q, vectors, d, w.ld_d, w.zero, block.count, w.ld_t, w.scores, w.ld_t);
   } else {
@@ -311,10 +331,10 @@ void combine(const Shape& shape, const Task& task, const Block& block, const Wor
         for (int i = 0; i < d; i += W) store(out + i, load(out + i) + w.sums[i / width * vectors + m]);
       }
     }
-    const Matrix codes = {block.v, v.line_bytes, block.count, d, v.groups};
+    const Matrix codes = {block.v, v.line_bytes, block.count, d, v.groups, block.ahead * v.block_bytes};
     across(v.kind, codes, block.count, p, vectors, w.ld_t, int64_t(vectors) * w.ld_t, task.out, w.ld_d);
   } else if (v.by_channel && in_registers(v, s.block, vectors)) {
-    const Matrix codes = {block.v, v.line_bytes, d, s.block, v.groups};
+    const Matrix codes = {block.v, v.line_bytes, d, s.block, v.groups, block.ahead * v.block_bytes};
     along(v.kind, codes, w.scores, vectors, w.ld_t, scaled ? w.scale : nullptr, w.ld_d, task.out, w.ld_d, true);
     if (has_zero) add_zeros(v, w.scores, vectors, s.block, w.ld_t, w.zero, d, w.ld_d, task.out, w.ld_d);
   } else {
@@ -366,6 +386,7 @@ void attend(const Shape& shape, const Task& task, float* workspace) {
   for (int column = task.first_column; column < task.end_column; column++) {
     Block block;
     if (!find_block(*task.part, task.row, column, block) || nothing_seen(shape, task, block)) continue;
+    block.ahead = next_block(task, column, block);
     score(shape, task, block, w);
     soften(task, w);
     combine(shape, task, block, w);

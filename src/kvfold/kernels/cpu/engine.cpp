@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <stdexcept>
 
@@ -115,6 +116,12 @@ void attend(const Shape& shape, const std::vector<Part>& parts, float* out, floa
     }
   }
 
+  if (tasks.empty()) {
+    std::fill_n(out, int64_t(shape.rows) * num_vectors * shape.head_dim, 0.0f);
+    std::fill_n(lse, int64_t(shape.rows) * num_vectors, -std::numeric_limits<float>::infinity());
+    return;
+  }
+
   const int64_t padded = rounded_up(shape.head_dim, k.width), each = strip * (padded + 2);
   thread_local std::vector<float> partial;
   partial.resize(tasks.size() * each);
@@ -132,7 +139,6 @@ void attend(const Shape& shape, const std::vector<Part>& parts, float* out, floa
   const bool small = int64_t(shape.rows) * num_vectors * tasks.size() < 4096;
   parallel_for(int(ends.size()), small ? 1 : num_threads, [&](int i, int) {
     const int begin = i ? ends[i - 1] : 0;
-    if (begin == ends[i]) return;
     const int64_t at = int64_t(tasks[begin].row) * num_vectors + tasks[begin].first;
     k.merge(shape, tasks.data(), which.data() + begin, ends[i] - begin, out + at * shape.head_dim, lse + at, scratch(needed));
   });

@@ -17,6 +17,7 @@ struct Matrix {
   int64_t line_bytes;
   int lines, columns;  // columns: a multiple of W * per_byte, and a group a multiple of W, or it goes through scratch
   int groups;
+  int64_t ahead = 0;  // from here to the codes that will be read next: they are asked for line by line meanwhile
 };
 
 // Where the vectors of a tile lie: byte vectors n0 ... of every run.
@@ -41,6 +42,7 @@ inline void across_tile(const Matrix& b, int k_end, const float* a, int lda, int
   const uint8_t* line = b.codes;
   for (int k = 0; k < k_end; k++, line += b.line_bytes) {
     vf x[BYTES * per];
+    for (int i = 0; i < BYTES * W * bytes_each<K>(); i += 64) __builtin_prefetch(line + n0 * bytes_each<K>() + i + b.ahead);
 #pragma GCC unroll 16
     for (int i = 0; i < BYTES; i++) load_codes<K>(line, n0 + i * W, x + i * per);
 #pragma GCC unroll 16
@@ -99,6 +101,7 @@ void along_strip(const Matrix& b, const float* x, int ldx, const float* scale, i
     for (int i = 0; i < W; i++) {
       const int l = l0 + i < b.lines ? l0 + i : b.lines - 1;
       const uint8_t* line = b.codes + l * b.line_bytes;
+      for (int n = 0; n < b.line_bytes; n += 64) __builtin_prefetch(line + n + b.ahead);
       vf acc[MR] = {};
       for (int n = 0; n < run; n += W) {
         vf codes[per];
