@@ -156,10 +156,12 @@ bool read_scales(const Side& side, int64_t id, int lines, int ld, float* scale, 
   for (int g = 0; g < side.groups; g++) {
     for (int l = 0; l < lines; l += W) {
       const int64_t at = first + g * group_step + l * line_step;
-      uint16_t gathered[W] = {}, zeros[W] = {};
+      uint16_t gathered[W], zeros[W];
       const uint8_t* from = side.scale + at * each;
       const uint16_t* zero_from = side.zero + (side.zero ? at : 0);
       if (line_step != 1 || l + W > lines) {
+        memset(gathered, 0, sizeof(gathered));
+        memset(zeros, 0, sizeof(zeros));
         for (int i = 0; i < W && l + i < lines; i++) {
           memcpy(reinterpret_cast<uint8_t*>(gathered) + i * each, from + i * line_step * each, each);
           if (side.zero) zeros[i] = zero_from[i * line_step];

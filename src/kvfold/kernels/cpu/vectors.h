@@ -93,8 +93,11 @@ inline vf load_half(const uint8_t* p) {
 }
 
 inline float half_at(const uint16_t* p) {
-  uint16_t padded[W] = {*p};
-  return load_half(reinterpret_cast<const uint8_t*>(padded))[0];
+#if defined(__F16C__)
+  return _cvtsh_ss(*p);
+#else
+  return half_to_float(vu{} + *p)[0];
+#endif
 }
 
 template <Kind K>
@@ -159,19 +162,30 @@ inline vf sums(vf* v) {
 #endif
 }
 
-inline float sum(vf x) {
-  float total = 0;
-  for (int i = 0; i < W; i++) total += x[i];
-  return total;
-}
-
 inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
-inline float largest(vf x) {
-  float top = x[0];
-  for (int i = 1; i < W; i++) top = x[i] > top ? x[i] : top;
-  return top;
+// Over the elements of a vector, by halves.
+#if defined(__AVX512F__)
+inline float sum(vf x) { return _mm512_reduce_add_ps(bits<__m512>(x)); }
+inline float largest(vf x) { return _mm512_reduce_max_ps(bits<__m512>(x)); }
+#elif defined(__AVX2__)
+inline float sum(vf x) {
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(bits<__m256>(x)), _mm256_extractf128_ps(bits<__m256>(x), 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
+inline float largest(vf x) {
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128(bits<__m256>(x)), _mm256_extractf128_ps(bits<__m256>(x), 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+#else
+inline float sum(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+inline float largest(vf x) {
+  const float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
+  return a > b ? a : b;
+}
+#endif
 
 // 2^x for |x| < 126, to about 1e-7 of it (the polynomial is that of Cephes' exp2f).
 inline vf exp2(vf x) {
