@@ -121,6 +121,10 @@ def _print_update(update: "Update") -> None:
         print(f"{update.kind} {update.done:.0f}/{update.total}: {update.text}", flush=True)
 
 
+_LEAST_WIDTH = {"plan": 150, "ROUGE-L": 110, "peak MiB": 110, "tok/s": 85}
+"""How wide a terminal must be for columns that records.md and the page hold in any case."""
+
+
 def _print_table(records: Sequence["Record"]) -> None:
     from rich import box
     from rich.console import Console
@@ -130,10 +134,12 @@ def _print_table(records: Sequence["Record"]) -> None:
     from kvfold.lab.table import columns, ordered, settings
 
     console = Console()
-    chosen = [c for c in columns(records) if c.title != "plan" or console.width >= 150]
+    left_out = {title for title, least in _LEAST_WIDTH.items() if console.width < least}
+    chosen = [c for c in columns(records) if c.title not in left_out]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in chosen:
-        table.add_column(column.title, justify="right" if column.form else "left", overflow="fold")
+        title = column.title.replace(" ", "\n")
+        table.add_column(title, justify="right" if column.form else "left", no_wrap=bool(column.form), overflow="fold")
     for record in ordered(records):
         table.add_row(*(Text(column.text(record)) for column in chosen))
     console.print(table)

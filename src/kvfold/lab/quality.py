@@ -230,7 +230,7 @@ def _divergence(full: torch.Tensor, ours: torch.Tensor) -> float:
     is free of the rounding of the two softmaxes, which can be larger than what 8 bits cost.
     """
     p = full.exp()
-    return float((p * (full - ours) - p + ours.exp()).sum(-1, dtype=torch.float64).sum())
+    return max(0.0, float((p * (full - ours) - p + ours.exp()).sum(-1, dtype=torch.float64).sum()))
 
 
 def _room(shape: tuple[int, int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""One page of results that works without a network: a table that sorts, figures that answer the pointer, PNG files beside it."""
+"""One page of results that needs no network: a table that sorts, figures that answer the pointer, PNG files beside it."""
 
 import json
 import re
