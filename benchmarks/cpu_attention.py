@@ -18,9 +18,10 @@ import torch.nn.functional as F
 
 from kvfold.attention.dispatch import attend, kernel_name
 from kvfold.attention.reference import Query
+from kvfold.blocks import Blocks
 from kvfold.kernels import cpu
 from kvfold.plan import Plan
-from kvfold.segment import Blocks, Run
+from kvfold.segment import Run
 
 PLANS = {
     "full": "full",

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from kvfold.attention import dispatch, reference
 from kvfold.attention.reference import Query
+from kvfold.blocks import Blocks
 from kvfold.kernels import cpu
 from kvfold.plan import Plan
-from kvfold.segment import Blocks, Run, Segment
+from kvfold.segment import Run, Segment
 from kvfold.store.affine import Affine
 from kvfold.store.base import KVCodec, TensorCodec
 from kvfold.store.dense import DenseCodec

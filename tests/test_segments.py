@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvfold.attention.reference import Query, merge
+from kvfold.blocks import Blocks
 from kvfold.plan import Plan
-from kvfold.segment import Blocks, Run, join
+from kvfold.segment import Run, join
 from kvfold.store.base import KVCodec
 
 HEAD_DIM = 16

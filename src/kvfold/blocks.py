@@ -1,255 +1,336 @@
-"""A pool of equal blocks and the table that says which of them belong to which row.
+"""Encoded tokens of one layer, in blocks of a pool: writing them, thinning them out, and keeping them close together."""
 
-A block holds T tokens of one row. Memory is one tensor a field, with a block an index of its first axis; it grows by
-a sixty-fourth at a time, so that appending costs O(1) a token and at most 1.6 % lies idle, and shrinks when blocks
-become free. Rows that are copies of each other (beams) share blocks until one of them writes.
-"""
+from collections.abc import Iterator
 
 import torch
 
-from kvfold.store.base import Fields
+from kvfold.attention.dispatch import Located
+from kvfold.attention.reference import Tile
+from kvfold.kernels import cpu
+from kvfold.pool import BlockPool
+from kvfold.segment import TILE_TOKENS, Run, Segment
+from kvfold.store.base import KVCodec
 
-GROWTH = 64
-"""The pool grows by one block in this many, when rows only ever get longer."""
 
+class Blocks(Segment):
+    """Encoded tokens in blocks of a pool; each row owns a list of blocks.
 
-class BlockPool:
-    """Blocks, and who owns them.
+    Two ways to know the slots: rows that lose no token are contiguous, and a start and a length say it all; rows that
+    a keep policy thins out hold a slot for every place, -1 where a token has gone, and new tokens fill such holes
+    first.
 
-    Attributes:
-        table: `[R, C] long`, the block ids of each row, left-aligned, -1 after its last.
-        fields: name to `[P, T, *]` (a token) or `[P, *]` (a block), P the capacity.
-        slots: `[P, T] int32`, -1 for places without a token; only if `has_slots`.
-        score: `[P, T] float32`; only if `scored`.
+    A codec whose unit is the token moves tokens between blocks without loss. One whose unit is the block (K per
+    channel) encodes whole blocks; when enough holes have come together, the emptiest blocks are decoded, merged and
+    encoded again.
     """
 
-    def __init__(self, num_rows: int, block: int, device: torch.device, *, slots: bool, scored: bool):
-        self.block, self.device, self.scored = block, device, scored
-        self.table = torch.empty(num_rows, 0, dtype=torch.long, device=device)
-        self.fields: Fields = {}
-        self.slots = torch.empty(0, block if slots else 0, dtype=torch.int32, device=device)
-        self.score = torch.empty(0, block if scored else 0, dtype=torch.float32, device=device)
-        self.has_slots = slots
-        self.shared = False
-        self._capacity = 0
-        self._free: list[int] = []
+    def __init__(self, codec: KVCodec, num_rows: int, device: torch.device, *, contiguous: bool, scored: bool):
+        self.codec = codec
+        self.pool = BlockPool(num_rows, codec.block, device, slots=not contiguous, scored=scored)
+        self.starts: list[int] | None = [0] * num_rows if contiguous else None
+        self.lengths = [0] * num_rows if contiguous else []
+        self._readable = cpu.supports(codec)
+        self._described: tuple[tuple[int, ...], cpu.Descriptor] | None = None
 
-    # -- reading ---------------------------------------------------------------------------------------------------------
+    # -- what is there ---------------------------------------------------------------------------------------------------
 
-    def places(self, place: torch.Tensor) -> torch.Tensor:
-        """From places within rows, `[R, n] long`, to addresses in the pool (block id * T + offset)."""
-        ids = self.table.gather(1, place // self.block)
-        return ids * self.block + place % self.block
+    @property
+    def contiguous(self) -> bool:
+        return self.starts is not None
 
-    def gather(self, ids: torch.Tensor) -> Fields:
-        """The fields of the blocks `ids [R, C]`: `[R, C, ...]`."""
-        flat = ids.flatten()
-        return {name: x.index_select(0, flat).view(*ids.shape, *x.shape[1:]) for name, x in self.fields.items()}
+    @property
+    def width(self) -> int:
+        """Places a row, tokens or not: columns of the table times the block."""
+        return self.pool.table.shape[1] * self.pool.block
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        named = dict(self.fields)
-        named["table"] = self.table
-        if self.has_slots:
-            named["slots"] = self.slots
-        if self.scored:
-            named["score"] = self.score
-        return named
+    def slots(self) -> torch.Tensor:
+        """`[R, width] long`: the slot of every place, -1 where there is no token."""
+        pool = self.pool
+        if self.starts is None:
+            slots = pool.slots[pool.table.clamp_min(0)].long().masked_fill(pool.table[..., None] < 0, -1)
+            return slots.flatten(1)
+        place = torch.arange(self.width, device=pool.device)
+        starts = torch.tensor(self.starts, device=pool.device)[:, None]
+        lengths = torch.tensor(self.lengths, device=pool.device)[:, None]
+        return torch.where(place < lengths, starts + place, -1)
 
-    def mark(self) -> tuple[int, ...]:
-        """Changes whenever a tensor is replaced by another: what knows their addresses must then look again."""
-        tensors = [*self.fields.values(), self.slots, self.table]
-        return (*(x.data_ptr() for x in tensors), self._capacity, self.table.shape[1], len(self.table))
+    def score(self) -> torch.Tensor:
+        """`[R, width] float32`: the keep policy's number for every place."""
+        return self.pool.score[self.pool.table.clamp_min(0)].flatten(1)
 
-    def num_blocks(self) -> list[int]:
-        """Blocks of each row."""
-        counts: list[int] = (self.table >= 0).sum(1).tolist()
-        return counts
+    def set_score(self, score: torch.Tensor) -> None:
+        present = self.pool.table >= 0
+        self.pool.own()
+        self.pool.score[self.pool.table[present]] = score.view(*present.shape, -1)[present]
 
-    # -- writing ---------------------------------------------------------------------------------------------------------
+    def block_bytes(self, head_dim: int) -> int:
+        """Bytes of one block: its fields, its slots and scores, and its place in the table."""
+        probe = torch.zeros(1, 1, self.codec.block, head_dim, device=self.pool.device)
+        fields = sum(x.nbytes for x in self.codec.encode(probe, probe).values())
+        return fields + self.codec.block * (4 + 4 * self.pool.scored) + self.pool.table.itemsize
 
-    def write_tokens(self, addresses: torch.Tensor, encoded: Fields) -> None:
-        """Fields with one entry a token, `[n, *]`, to `n` addresses."""
-        self._ensure_fields({name: x.unsqueeze(0) for name, x in encoded.items()}, per_token=True)
-        for name, x in encoded.items():
-            self.fields[name].view(-1, *x.shape[1:])[addresses] = x
+    def counts(self) -> torch.Tensor:
+        """`[R] long`: tokens of each row."""
+        if self.contiguous:
+            return torch.tensor(self.lengths, device=self.pool.device)
+        return (self.slots() >= 0).sum(1)
 
-    def append_blocks(self, num_before: list[int], encoded: Fields) -> None:
-        """The same number of whole blocks for every row, `[R, n, ...]`; row r has `num_before[r]` blocks so far."""
-        num_new = next(iter(encoded.values())).shape[1]
-        self.extend([n + num_new for n in num_before])
-        columns = torch.tensor(num_before, device=self.device)[:, None] + torch.arange(num_new, device=self.device)
-        ids = self.table.gather(1, columns)
-        self._ensure_fields(encoded, per_token=False)
-        for name, x in encoded.items():
-            self.fields[name][ids.flatten()] = x.flatten(0, 1)
+    def tiles(self) -> Iterator[Tile]:
+        pool = self.pool
+        slots = self.slots()
+        columns = max(1, TILE_TOKENS // pool.block)
+        for start in range(0, pool.table.shape[1], columns):
+            fields = pool.gather(pool.table[:, start : start + columns].clamp_min(0))
+            end = (start + columns) * pool.block
+            whole = self.contiguous and min(self.lengths) >= min(end, self.width)
+            yield Tile(fields, slots[:, start * pool.block : end], whole=whole)
 
-    def append_row_blocks(self, row: int, encoded: Fields) -> None:
-        """Blocks for one row, `[1, n, ...]`."""
-        num_new = next(iter(encoded.values())).shape[1]
-        before = self.num_blocks()
-        has = before[row]
-        before[row] += num_new
-        self.extend(before)
-        self._ensure_fields(encoded, per_token=False)
-        ids = self.table[row, has : has + num_new]
-        for name, x in encoded.items():
-            self.fields[name][ids] = x[0]
+    def locate(self, head_dim: int) -> Located | None:
+        pool = self.pool
+        if not self._readable or not pool.fields:
+            return None
+        mark = pool.mark()
+        if self._described is None or self._described[0] != mark:
+            slots = pool.slots if pool.has_slots else None
+            self._described = mark, cpu.describe_blocks(self.codec, pool.fields, pool.table, slots, head_dim)
+        if self.starts is None:
+            return Located(self._described[1])
+        return Located(self._described[1], self.starts, self.lengths)
 
-    def extend(self, num_blocks: list[int]) -> None:
-        """Gives every row as many blocks as `num_blocks` says; rows that have them already keep them."""
-        has = self.num_blocks()
-        width = max(self.table.shape[1], *num_blocks)
-        if width > self.table.shape[1]:
-            wider = self.table.new_full((self.table.shape[0], width), -1)
-            wider[:, : self.table.shape[1]] = self.table
-            self.table = wider
-        # Column by column, so that rows of equal length lie in the pool as they are read.
-        wanted = [(c, r) for r, n in enumerate(num_blocks) for c in range(has[r], n)]
-        if not wanted:
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All tokens decoded, `[R, width, D] float32` twice, and their slots: for tests, never for attention."""
+        k, v = self.codec.decode({name: x[self.pool.table.clamp_min(0)] for name, x in self.pool.fields.items()})
+        return k.flatten(1, 2), v.flatten(1, 2), self.slots()
+
+    # -- what changes ----------------------------------------------------------------------------------------------------
+
+    def append(self, run: Run) -> None:
+        """Stores a run. For a codec whose unit is the block, every row brings whole blocks (or none)."""
+        if run.width == 0:
             return
-        wanted.sort()
-        columns, rows = torch.tensor(wanted, device=self.device).T
-        self.table[rows, columns] = torch.tensor(self._allocate(len(wanted)), device=self.device)
+        if self.contiguous and not self._continues(run):
+            self._keep_slots()
+        if self.codec.unit == "token":
+            self._write_tokens(run)
+        else:
+            self._write_blocks(run)
 
-    def cut(self, num_blocks: list[int]) -> None:
-        """Takes away the blocks of each row beyond `num_blocks`."""
-        keep = torch.tensor(num_blocks, device=self.device)[:, None]
-        columns = torch.arange(self.table.shape[1], device=self.device)
-        self.table = self.table.masked_fill(columns >= keep, -1)[:, : max(num_blocks)].contiguous()
-        self._collect()
-        self.shrink()
+    def drop(self, gone: torch.Tensor) -> None:
+        """Removes the tokens that `gone [R, width] bool` marks; whole blocks are given back at once."""
+        if self.contiguous:
+            self._keep_slots()
+        self.pool.own()
+        places = self.pool.places(torch.arange(self.width, device=gone.device).expand_as(gone))
+        self.pool.slots.view(-1)[places[gone & (self.slots() >= 0)]] = -1
 
-    def replace_row_blocks(self, row: int, freed: list[int], num_new: int) -> None:
-        """Takes the blocks `freed` from a row, closes the gap and adds `num_new` empty ones at its end."""
-        kept = [i for i in self.table[row].tolist() if i >= 0 and i not in freed]
-        self._free.extend(freed)
-        if self.has_slots and freed:
-            self.slots[torch.tensor(freed, device=self.device)] = -1
-        self.table[row] = -1
-        self.table[row, : len(kept)] = torch.tensor(kept, dtype=torch.long, device=self.device)
-        if num_new:
-            has = self.num_blocks()
-            has[row] += num_new
-            self.extend(has)
+    def tidy(self) -> None:
+        """Gives back every block that the tokens of a row can do without."""
+        if self.contiguous or self.width == 0:
+            return
+        live = (self.slots().view(*self.pool.table.shape, -1) >= 0).sum(-1)
+        needed = (live.sum(1) + self.pool.block - 1) // self.pool.block
+        for row in torch.nonzero((self.pool.table >= 0).sum(1) > needed).flatten().tolist():
+            self._merge(row, None)
+        self.pool.shrink()
 
-    def tail_places(self, row: int, num_tokens: int) -> torch.Tensor:
-        """Addresses in the last blocks of a row, `num_tokens` of them from the start of the first such block."""
-        num = -(-num_tokens // self.block)
-        has = self.num_blocks()[row]
-        ids = self.table[row, has - num : has]
-        return (ids[:, None] * self.block + torch.arange(self.block, device=self.device)).flatten()[:num_tokens]
-
-    # -- sharing ---------------------------------------------------------------------------------------------------------
+    def crop(self, end: int) -> Run | None:
+        """Removes all tokens in slots >= `end`. What is left of a cut block of shared scales comes back, dense."""
+        if not self.contiguous:
+            self.drop(self.slots() >= end)
+            self.tidy()
+            return None
+        assert self.starts is not None
+        kept = [max(0, min(n, end - start)) for start, n in zip(self.starts, self.lengths, strict=True)]
+        rest = None
+        if self.codec.unit == "block":
+            whole = [n // self.pool.block * self.pool.block for n in kept]
+            if whole != kept:
+                rest = self._cut_blocks(whole, kept)
+            kept = whole
+        self.lengths = kept
+        self.pool.cut([-(-n // self.pool.block) for n in kept])
+        return rest
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        fewer = len(rows) < self.table.shape[0]
-        self.table = self.table[rows.to(self.device)]
-        used = self.table[self.table >= 0]
-        self.shared = len(used.unique()) < len(used)
-        self._collect()
-        if fewer:  # beams that are only reordered will need the free blocks at the next token
-            self.shrink()
+        """Other rows, in another order, repeated or left out: blocks are shared until one of their rows writes."""
+        self.pool.select_rows(rows)
+        if self.starts is not None:
+            self.starts = [self.starts[r] for r in rows.tolist()]
+            self.lengths = [self.lengths[r] for r in rows.tolist()]
 
-    def own(self, first_column: int = 0) -> None:
-        """Copies shared blocks from `first_column` on, so that every row can write to its own."""
-        if not self.shared:
+    def restore(self, state: dict[str, torch.Tensor], starts: list[int] | None, lengths: list[int]) -> None:
+        """Takes over the `state` of another one's pool, its starts and lengths; this one must be new."""
+        self.pool.restore(state)
+        self.starts, self.lengths = starts, lengths
+
+    # -- how ---------------------------------------------------------------------------------------------------------------
+
+    def _continues(self, run: Run) -> bool:
+        """Whether the run goes on where each row ends; an empty row starts anywhere."""
+        assert self.starts is not None
+        counts, firsts = run.counts().tolist(), run.slots[:, 0].tolist()
+        lasts = run.slots.amax(1).tolist()
+        for r, count in enumerate(counts):
+            if count == 0:
+                continue
+            if self.lengths[r] == 0:
+                self.starts[r] = firsts[r]
+            if firsts[r] != self.starts[r] + self.lengths[r] or lasts[r] - firsts[r] != count - 1:
+                return False
+        return True
+
+    def _cut_blocks(self, whole: list[int], kept: list[int]) -> Run:
+        """The tokens from place `whole[r]` to `kept[r]` of each row, decoded: less than a block."""
+        pool = self.pool
+        start = torch.tensor(whole, device=pool.device)[:, None]
+        count = torch.tensor(kept, device=pool.device)[:, None] - start
+        ids = pool.table.gather(1, (start // pool.block).clamp_max(pool.table.shape[1] - 1))[:, 0].clamp_min(0)
+        k, v = self.codec.decode({name: x[ids] for name, x in pool.fields.items()})
+        offset = torch.arange(pool.block, device=pool.device)
+        slots = torch.tensor(self.starts, device=pool.device)[:, None] + start + offset
+        present = offset < count
+        return Run(k, v, slots.masked_fill(~present, -1).int()).where(present)
+
+    def _keep_slots(self) -> None:
+        """From a start and a length to a slot for every place."""
+        slots = self.slots().view(*self.pool.table.shape, self.pool.block)
+        self.pool.keep_slots(slots)
+        self.starts, self.lengths = None, []
+
+    def _write_tokens(self, run: Run) -> None:
+        pool = self.pool
+        counts = run.counts()
+        place = self._next_places(counts, run.width) if self.contiguous else self._free_places(counts, run.width)
+        encoded = self.codec.encode(run.k, run.v)
+        slots, score = run.slots, run.score
+        if bool((counts == run.width).all()):
+            addresses = pool.places(place).flatten()
+            written = {name: x.flatten(0, 1) for name, x in encoded.items()}
+            slots, score = slots.flatten(), None if score is None else score.flatten()
+        else:
+            valid = torch.arange(run.width, device=pool.device) < counts[:, None]
+            addresses = pool.places(torch.where(valid, place, 0))[valid]
+            written = {name: x[valid] for name, x in encoded.items()}
+            slots, score = slots[valid], None if score is None else score[valid]
+        pool.write_tokens(addresses, written)
+        if pool.has_slots:
+            pool.slots.view(-1)[addresses] = slots
+        if pool.scored and score is not None:
+            pool.score.view(-1)[addresses] = score
+
+    def _next_places(self, counts: torch.Tensor, width: int) -> torch.Tensor:
+        """`[R, width]`: the places after the last token of each row, for `counts [R]` new ones."""
+        pool = self.pool
+        before, self.lengths = self.lengths, [n + c for n, c in zip(self.lengths, counts.tolist(), strict=True)]
+        num_blocks = [-(-n // pool.block) for n in self.lengths]
+        if num_blocks != [-(-n // pool.block) for n in before]:
+            pool.extend(num_blocks)
+        pool.own(first_column=min(before) // pool.block)
+        rank = torch.arange(width, device=pool.device)
+        return torch.tensor(before, device=pool.device)[:, None] + rank
+
+    def _free_places(self, counts: torch.Tensor, width: int) -> torch.Tensor:
+        """`[R, width]`: the first holes of each row; new blocks where `counts [R]` new tokens don't find enough."""
+        pool = self.pool
+        pool.own()
+        missing = (counts - self._free().sum(1)).clamp_min(0)
+        if bool(missing.any()):
+            has = (pool.table >= 0).sum(1)
+            pool.extend((has + (missing + pool.block - 1) // pool.block).tolist())
+        free = self._free()
+        # The first ones are the highest of (all - place) among the free ones. A row may have fewer than the widest needs.
+        num_places = free.shape[1]
+        ranked = torch.where(free, num_places - torch.arange(num_places, device=pool.device), 0)
+        place = num_places - ranked.topk(min(width, num_places), dim=1).values
+        return torch.nn.functional.pad(place, (0, width - place.shape[1]))
+
+    def _free(self) -> torch.Tensor:
+        """`[R, width] bool`: places of a row's blocks that hold no token."""
+        return (self.slots() < 0) & (self.pool.table.repeat_interleave(self.pool.block, 1) >= 0)
+
+    def _write_blocks(self, run: Run) -> None:
+        pool = self.pool
+        counts = run.counts().tolist()
+        uniform = len(set(counts)) == 1
+        if self.contiguous:
+            whole = [n // pool.block for n in self.lengths]
+            if uniform:
+                pool.append_blocks(whole, self._encode_blocks(run.k, run.v))
+            else:
+                for r, count in enumerate(counts):
+                    if count:
+                        row = run.rows(torch.tensor([r], device=pool.device))
+                        encoded = self._encode_blocks(row.k[:, :count], row.v[:, :count])
+                        pool.append_row_blocks(r, encoded)
+            self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
             return
-        seen: set[int] = set(self.table[:, :first_column].flatten().tolist())
-        copies: list[tuple[int, int, int]] = []
-        for r, ids in enumerate(self.table[:, first_column:].tolist()):
-            for c, i in enumerate(ids, start=first_column):
-                if i < 0:
-                    continue
-                if i in seen:
-                    copies.append((r, c, i))
-                seen.add(i)
-        if copies:
-            rows, columns, old = torch.tensor(copies, device=self.device).T
-            new = torch.tensor(self._allocate(len(copies)), device=self.device)
-            for x in self._storages():
-                x[new] = x[old]
-            self.table[rows, columns] = new
-        self.shared = first_column > 0
+        for r, count in enumerate(counts):
+            if count:
+                row = run.rows(torch.tensor([r], device=pool.device))
+                self._merge(r, row.where(row.slots >= 0))
 
-    def keep_slots(self, slots: torch.Tensor) -> None:
-        """From now on a slot is kept for every place; `slots [R, C, T]` are today's."""
-        self.own()
-        self.has_slots = True
-        self.slots = torch.full((self._capacity, self.block), -1, dtype=torch.int32, device=self.device)
-        present = self.table >= 0
-        self.slots[self.table[present]] = slots[present].int()
+    def _encode_blocks(self, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`[R, n, D]` to fields `[R, ceil(n / T), ...]`; a last block that is not full repeats its last token."""
+        block = self.pool.block
+        rows, num_tokens, head_dim = k.shape
+        if short := -num_tokens % block:
+            k = torch.cat([k, k[:, -1:].expand(-1, short, -1)], 1)
+            v = torch.cat([v, v[:, -1:].expand(-1, short, -1)], 1)
+        return self.codec.encode(k.reshape(rows, -1, block, head_dim), v.reshape(rows, -1, block, head_dim))
 
-    # -- memory ----------------------------------------------------------------------------------------------------------
-
-    def shrink(self) -> None:
-        """Moves the used blocks together and gives the rest back, when more than an eighth is free."""
-        if len(self._free) <= max(self._capacity // 8, 0):
+    def _merge(self, row: int, fresh: Run | None) -> None:
+        """Brings a row's tokens and `fresh` ones into as few blocks as can be, by rewriting only the emptiest blocks."""
+        pool = self.pool
+        pool.own()
+        ids = [i for i in pool.table[row].tolist() if i >= 0]
+        index = torch.tensor(ids, dtype=torch.long, device=pool.device)
+        live = (pool.slots[index] >= 0).sum(1).tolist() if ids else []
+        num_fresh = fresh.width if fresh is not None else 0
+        extra = -(-(sum(live) + num_fresh) // pool.block) - len(ids)
+        chosen: list[int] = []
+        load = num_fresh
+        for i in sorted(range(len(ids)), key=live.__getitem__):
+            if load <= pool.block * (len(chosen) + extra):
+                break
+            chosen.append(i)
+            load += live[i]
+        freed = [ids[i] for i in chosen]
+        old = torch.tensor(freed, dtype=torch.long, device=pool.device)
+        places = (old[:, None] * pool.block + torch.arange(pool.block, device=pool.device)).flatten()
+        places = places[pool.slots.view(-1)[places] >= 0]
+        slots = pool.slots.view(-1)[places]
+        score = pool.score.view(-1)[places] if pool.scored else None
+        if not len(places) and fresh is None:
+            pool.replace_row_blocks(row, freed, 0)
             return
-        used, self.table = self._renumbered()
-        width = int((self.table >= 0).sum(1).max()) if self.table.numel() else 0
-        self.table = self.table[:, :width].contiguous()
-        self.fields = {name: x[used] for name, x in self.fields.items()}
-        self.slots, self.score = self.slots[used], self.score[used]
-        self._capacity, self._free = len(used), []
+        if self.codec.unit == "token":
+            assert fresh is None
+            moved = {name: x.flatten(0, 1)[places] for name, x in pool.fields.items()}
+            pool.replace_row_blocks(row, freed, -(-len(places) // pool.block))
+            target = pool.tail_places(row, len(places))
+            pool.write_tokens(target, moved)
+        else:
+            parts = [self._decode_places(places)] if len(places) else []
+            if fresh is not None:
+                parts.append((fresh.k[0].float(), fresh.v[0].float()))
+                slots = torch.cat([slots, fresh.slots[0]])
+                if score is not None and fresh.score is not None:
+                    score = torch.cat([score, fresh.score[0]])
+            k, v = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            order = slots.argsort()
+            slots = slots[order]
+            score = None if score is None else score[order]
+            encoded = self._encode_blocks(k[None, order], v[None, order])
+            pool.replace_row_blocks(row, freed, 0)
+            pool.append_row_blocks(row, encoded)
+            target = pool.tail_places(row, len(slots))
+        pool.slots.view(-1)[target] = slots.int()
+        if score is not None:
+            pool.score.view(-1)[target] = score
 
-    def _renumbered(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ids of the used blocks, in order, and the table with their place among them instead."""
-        used = self.table[self.table >= 0].unique()
-        place = torch.full((self._capacity,), -1, dtype=torch.long, device=self.device)
-        place[used] = torch.arange(len(used), device=self.device)
-        return used, place[self.table.clamp_min(0)].masked_fill(self.table < 0, -1) if len(used) else self.table
-
-    def _collect(self) -> None:
-        """Finds the blocks that no row owns."""
-        used = set(self.table.flatten().tolist())
-        self._free = [i for i in range(self._capacity) if i not in used]
-        if self.has_slots and self._free:
-            self.slots[torch.tensor(self._free, device=self.device)] = -1
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """What `tensors` names, without the idle blocks: what a saved cache holds."""
-        used, table = self._renumbered()
-        return {name: table if name == "table" else x[used] for name, x in self.tensors().items()}
-
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes over what `state` gave; the pool must be new."""
-        self.table = state["table"]
-        used = self.table[self.table >= 0]
-        self._capacity = int(used.max()) + 1 if len(used) else 0
-        self.shared = self._capacity < len(used)
-        self.fields = {name: x for name, x in state.items() if name not in ("table", "slots", "score")}
-        self.has_slots = "slots" in state
-        self.slots = state.get("slots", self.slots.new_empty(self._capacity, 0))
-        self.score = state.get("score", self.score.new_empty(self._capacity, 0))
-
-    def _allocate(self, num: int) -> list[int]:
-        if (short := num - len(self._free)) > 0:
-            slack = 0 if self.has_slots else self._capacity // GROWTH
-            self._grow(self._capacity + max(short, slack))
-        taken, self._free = self._free[:num], self._free[num:]
-        return taken
-
-    def _grow(self, capacity: int) -> None:
-        before = self._capacity
-        self.fields = {name: _resized(x, capacity) for name, x in self.fields.items()}
-        self.slots, self.score = _resized(self.slots, capacity), _resized(self.score, capacity)
-        self.slots[before:] = -1
-        self.score[before:] = 0
-        self._capacity = capacity
-        self._free.extend(range(before, capacity))
-
-    def _ensure_fields(self, encoded: Fields, per_token: bool) -> None:
-        """Makes the tensors at the first write, when the codec has shown what it needs."""
-        for name, x in encoded.items():
-            if name not in self.fields:
-                shape = (self.block, *x.shape[2:]) if per_token else x.shape[2:]
-                self.fields[name] = torch.zeros(self._capacity, *shape, dtype=x.dtype, device=self.device)
-
-    def _storages(self) -> list[torch.Tensor]:
-        return [*self.fields.values(), self.slots, self.score]
-
-
-def _resized(x: torch.Tensor, capacity: int) -> torch.Tensor:
-    larger = x.new_zeros(capacity, *x.shape[1:])
-    larger[: x.shape[0]] = x
-    return larger
+    def _decode_places(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Single tokens, dense: `[n, D]` twice."""
+        ids, inverse = (places // self.pool.block).unique(return_inverse=True)
+        k, v = self.codec.decode({name: x[ids] for name, x in self.pool.fields.items()})
+        offset = places % self.pool.block
+        return k[inverse, offset], v[inverse, offset]

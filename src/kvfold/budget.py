@@ -91,6 +91,16 @@ def split_over_heads(scores: torch.Tensor, budget: torch.Tensor, num_heads: int,
     return _best(scores, budget)
 
 
+def latest(slots: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Marks the tokens of the highest slots: `slots [R, N] long` (-1: no token), `counts[r]` of row r, to `[R, N] bool`."""
+    most = min(max(counts), slots.shape[1])
+    if most == 0:
+        return torch.zeros_like(slots, dtype=torch.bool)
+    last = torch.tensor(counts, device=slots.device)[:, None].clamp_max(most)
+    oldest = slots.topk(most, dim=1).values.gather(1, (last - 1).clamp_min(0))
+    return (slots >= oldest) & (slots >= 0) & (last > 0)
+
+
 def _best(scores: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """The `count[r]` highest entries of each row that hold a token; ties go to the later token."""
     order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)

@@ -15,13 +15,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvfold.attention import dispatch
 from kvfold.attention.reference import Partial, Query
-from kvfold.budget import split_over_heads
+from kvfold.blocks import Blocks
+from kvfold.budget import latest, split_over_heads
 from kvfold.errors import PlanError
 from kvfold.handle import Handle, SeenLength
 from kvfold.keep.base import KeepContext
 from kvfold.plan import LayerPlan
 from kvfold.rope import Rope
-from kvfold.segment import Blocks, Run, Segment, join
+from kvfold.segment import Run, Segment, join
 from kvfold.store.base import part
 
 
@@ -285,7 +286,7 @@ class LayerCache(CacheLayerMixin):
             assert chunk.score is not None
             score = torch.cat([self.body.score(), self.recent.score, chunk.score], 1)
         rank = keep.rank(score, KeepContext(slots, heads, self.index))
-        pinned = self._pinned(slots, allowed)
+        pinned = latest(slots, [min(keep.recent.tokens(n), n) for n in allowed.tolist()])
         rank = rank.masked_fill(pinned, torch.inf).masked_fill(slots < 0, -torch.inf)
         stays = split_over_heads(rank, allowed, heads, keep.heads)
         of_body, of_recent, of_chunk = stays.split([self.body.width, self.recent.width, chunk.width], 1)
@@ -294,18 +295,6 @@ class LayerCache(CacheLayerMixin):
             self.body.drop(gone)
         self.recent = self.recent.where(of_recent)
         return chunk.where(of_chunk)
-
-    def _pinned(self, slots: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-        """The last tokens of each row, as many as the policy's `recent` says."""
-        keep = self.plan.keep
-        assert keep is not None
-        counts = [min(keep.recent.tokens(n), n, slots.shape[1]) for n in allowed.tolist()]
-        if not max(counts):
-            return torch.zeros_like(slots, dtype=torch.bool)
-        latest = slots.topk(max(counts), dim=1).values
-        last = torch.tensor(counts, device=slots.device)[:, None]
-        oldest_pinned = latest.gather(1, (last - 1).clamp_min(0))
-        return (slots >= oldest_pinned) & (slots >= 0) & (last > 0)
 
     def _observe(self, query: Query, chunk: Run, lse: torch.Tensor) -> None:
         """Brings the scores up to date with the attention that tokens have just received."""
@@ -348,18 +337,14 @@ class LayerCache(CacheLayerMixin):
         keep = self.plan.keep
         assert keep is not None
         head_dim, block = self.shape.head_dim, self.body.codec.block
-        rows = self.batch_size * self.shape.num_kv_heads
-        per_row = keep.budget.value / self.shape.num_layers / rows
-        probe = torch.zeros(1, 1, block, head_dim, device=self.device)
-        per_block = sum(x.nbytes for x in self.body.codec.encode(probe, probe).values()) + 8
-        per_block += block * (4 + 4 * keep.scored)
-        dense_token = 2 * head_dim * self.dtype.itemsize + 4 + 4 * keep.scored
-        num_dense = self.plan.window + (block - 1 if self.body.codec.unit == "block" else 0)
-        num_blocks = int((per_row - self.plan.sink * dense_token - num_dense * dense_token) // per_block)
+        rows = self.batch_size * self.shape.num_kv_heads * self.shape.num_layers
+        per_block = self.body.block_bytes(head_dim)
+        num_dense = self.plan.sink + self.plan.window + (block - 1 if self.body.codec.unit == "block" else 0)
+        dense_bytes = num_dense * (2 * head_dim * self.dtype.itemsize + 4 + 4 * keep.scored)
+        num_blocks = int((keep.budget.value / rows - dense_bytes) // per_block)
         if num_blocks < 1:
-            least = self.plan.sink * dense_token + num_dense * dense_token + per_block
-            total = least * rows * self.shape.num_layers
-            raise PlanError(f"{keep.budget} is too little for this plan: it needs {total / 2**20:.1f}MiB at least")
+            least = (dense_bytes + per_block) * rows
+            raise PlanError(f"{keep.budget} is too little for this plan: it needs {least / 2**20:.1f}MiB at least")
         return self.plan.sink + num_blocks * block
 
     # -- saving ----------------------------------------------------------------------------------------------------------

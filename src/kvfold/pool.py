@@ -1,0 +1,255 @@
+"""A pool of equal blocks and the table that says which of them belong to which row.
+
+A block holds T tokens of one row. Memory is one tensor a field, with a block an index of its first axis; it grows by
+a sixty-fourth at a time, so that appending costs O(1) a token and at most 1.6 % lies idle, and shrinks when blocks
+become free. Rows that are copies of each other (beams) share blocks until one of them writes.
+"""
+
+import torch
+
+from kvfold.store.base import Fields
+
+GROWTH = 64
+"""The pool grows by one block in this many, when rows only ever get longer."""
+
+
+class BlockPool:
+    """Blocks, and who owns them.
+
+    Attributes:
+        table: `[R, C] long`, the block ids of each row, left-aligned, -1 after its last.
+        fields: name to `[P, T, *]` (a token) or `[P, *]` (a block), P the capacity.
+        slots: `[P, T] int32`, -1 for places without a token; only if `has_slots`.
+        score: `[P, T] float32`; only if `scored`.
+    """
+
+    def __init__(self, num_rows: int, block: int, device: torch.device, *, slots: bool, scored: bool):
+        self.block, self.device, self.scored = block, device, scored
+        self.table = torch.empty(num_rows, 0, dtype=torch.long, device=device)
+        self.fields: Fields = {}
+        self.slots = torch.empty(0, block if slots else 0, dtype=torch.int32, device=device)
+        self.score = torch.empty(0, block if scored else 0, dtype=torch.float32, device=device)
+        self.has_slots = slots
+        self.shared = False
+        self._capacity = 0
+        self._free: list[int] = []
+
+    # -- reading ---------------------------------------------------------------------------------------------------------
+
+    def places(self, place: torch.Tensor) -> torch.Tensor:
+        """From places within rows, `[R, n] long`, to addresses in the pool (block id * T + offset)."""
+        ids = self.table.gather(1, place // self.block)
+        return ids * self.block + place % self.block
+
+    def gather(self, ids: torch.Tensor) -> Fields:
+        """The fields of the blocks `ids [R, C]`: `[R, C, ...]`."""
+        flat = ids.flatten()
+        return {name: x.index_select(0, flat).view(*ids.shape, *x.shape[1:]) for name, x in self.fields.items()}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        named = dict(self.fields)
+        named["table"] = self.table
+        if self.has_slots:
+            named["slots"] = self.slots
+        if self.scored:
+            named["score"] = self.score
+        return named
+
+    def mark(self) -> tuple[int, ...]:
+        """Changes whenever a tensor is replaced by another: what knows their addresses must then look again."""
+        tensors = [*self.fields.values(), self.slots, self.table]
+        return (*(x.data_ptr() for x in tensors), self._capacity, self.table.shape[1], len(self.table))
+
+    def num_blocks(self) -> list[int]:
+        """Blocks of each row."""
+        counts: list[int] = (self.table >= 0).sum(1).tolist()
+        return counts
+
+    # -- writing ---------------------------------------------------------------------------------------------------------
+
+    def write_tokens(self, addresses: torch.Tensor, encoded: Fields) -> None:
+        """Fields with one entry a token, `[n, *]`, to `n` addresses."""
+        self._ensure_fields({name: x.unsqueeze(0) for name, x in encoded.items()}, per_token=True)
+        for name, x in encoded.items():
+            self.fields[name].view(-1, *x.shape[1:])[addresses] = x
+
+    def append_blocks(self, num_before: list[int], encoded: Fields) -> None:
+        """The same number of whole blocks for every row, `[R, n, ...]`; row r has `num_before[r]` blocks so far."""
+        num_new = next(iter(encoded.values())).shape[1]
+        self.extend([n + num_new for n in num_before])
+        columns = torch.tensor(num_before, device=self.device)[:, None] + torch.arange(num_new, device=self.device)
+        ids = self.table.gather(1, columns)
+        self._ensure_fields(encoded, per_token=False)
+        for name, x in encoded.items():
+            self.fields[name][ids.flatten()] = x.flatten(0, 1)
+
+    def append_row_blocks(self, row: int, encoded: Fields) -> None:
+        """Blocks for one row, `[1, n, ...]`."""
+        num_new = next(iter(encoded.values())).shape[1]
+        before = self.num_blocks()
+        has = before[row]
+        before[row] += num_new
+        self.extend(before)
+        self._ensure_fields(encoded, per_token=False)
+        ids = self.table[row, has : has + num_new]
+        for name, x in encoded.items():
+            self.fields[name][ids] = x[0]
+
+    def extend(self, num_blocks: list[int]) -> None:
+        """Gives every row as many blocks as `num_blocks` says; rows that have them already keep them."""
+        has = self.num_blocks()
+        width = max(self.table.shape[1], *num_blocks)
+        if width > self.table.shape[1]:
+            wider = self.table.new_full((self.table.shape[0], width), -1)
+            wider[:, : self.table.shape[1]] = self.table
+            self.table = wider
+        # Column by column, so that rows of equal length lie in the pool as they are read.
+        wanted = [(c, r) for r, n in enumerate(num_blocks) for c in range(has[r], n)]
+        if not wanted:
+            return
+        wanted.sort()
+        columns, rows = torch.tensor(wanted, device=self.device).T
+        self.table[rows, columns] = torch.tensor(self._allocate(len(wanted)), device=self.device)
+
+    def cut(self, num_blocks: list[int]) -> None:
+        """Takes away the blocks of each row beyond `num_blocks`."""
+        keep = torch.tensor(num_blocks, device=self.device)[:, None]
+        columns = torch.arange(self.table.shape[1], device=self.device)
+        self.table = self.table.masked_fill(columns >= keep, -1)[:, : max(num_blocks)].contiguous()
+        self._collect()
+        self.shrink()
+
+    def replace_row_blocks(self, row: int, freed: list[int], num_new: int) -> None:
+        """Takes the blocks `freed` from a row, closes the gap and adds `num_new` empty ones at its end."""
+        kept = [i for i in self.table[row].tolist() if i >= 0 and i not in freed]
+        self._free.extend(freed)
+        if self.has_slots and freed:
+            self.slots[torch.tensor(freed, device=self.device)] = -1
+        self.table[row] = -1
+        self.table[row, : len(kept)] = torch.tensor(kept, dtype=torch.long, device=self.device)
+        if num_new:
+            has = self.num_blocks()
+            has[row] += num_new
+            self.extend(has)
+
+    def tail_places(self, row: int, num_tokens: int) -> torch.Tensor:
+        """Addresses in the last blocks of a row, `num_tokens` of them from the start of the first such block."""
+        num = -(-num_tokens // self.block)
+        has = self.num_blocks()[row]
+        ids = self.table[row, has - num : has]
+        return (ids[:, None] * self.block + torch.arange(self.block, device=self.device)).flatten()[:num_tokens]
+
+    # -- sharing ---------------------------------------------------------------------------------------------------------
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        fewer = len(rows) < self.table.shape[0]
+        self.table = self.table[rows.to(self.device)]
+        used = self.table[self.table >= 0]
+        self.shared = len(used.unique()) < len(used)
+        self._collect()
+        if fewer:  # beams that are only reordered will need the free blocks at the next token
+            self.shrink()
+
+    def own(self, first_column: int = 0) -> None:
+        """Copies shared blocks from `first_column` on, so that every row can write to its own."""
+        if not self.shared:
+            return
+        seen: set[int] = set(self.table[:, :first_column].flatten().tolist())
+        copies: list[tuple[int, int, int]] = []
+        for r, ids in enumerate(self.table[:, first_column:].tolist()):
+            for c, i in enumerate(ids, start=first_column):
+                if i < 0:
+                    continue
+                if i in seen:
+                    copies.append((r, c, i))
+                seen.add(i)
+        if copies:
+            rows, columns, old = torch.tensor(copies, device=self.device).T
+            new = torch.tensor(self._allocate(len(copies)), device=self.device)
+            for x in self._storages():
+                x[new] = x[old]
+            self.table[rows, columns] = new
+        self.shared = first_column > 0
+
+    def keep_slots(self, slots: torch.Tensor) -> None:
+        """From now on a slot is kept for every place; `slots [R, C, T]` are today's."""
+        self.own()
+        self.has_slots = True
+        self.slots = torch.full((self._capacity, self.block), -1, dtype=torch.int32, device=self.device)
+        present = self.table >= 0
+        self.slots[self.table[present]] = slots[present].int()
+
+    # -- memory ----------------------------------------------------------------------------------------------------------
+
+    def shrink(self) -> None:
+        """Moves the used blocks together and gives the rest back, when more than an eighth is free."""
+        if len(self._free) <= max(self._capacity // 8, 0):
+            return
+        used, self.table = self._renumbered()
+        width = int((self.table >= 0).sum(1).max()) if self.table.numel() else 0
+        self.table = self.table[:, :width].contiguous()
+        self.fields = {name: x[used] for name, x in self.fields.items()}
+        self.slots, self.score = self.slots[used], self.score[used]
+        self._capacity, self._free = len(used), []
+
+    def _renumbered(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ids of the used blocks, in order, and the table with their place among them instead."""
+        used = self.table[self.table >= 0].unique()
+        place = torch.full((self._capacity,), -1, dtype=torch.long, device=self.device)
+        place[used] = torch.arange(len(used), device=self.device)
+        return used, place[self.table.clamp_min(0)].masked_fill(self.table < 0, -1) if len(used) else self.table
+
+    def _collect(self) -> None:
+        """Finds the blocks that no row owns."""
+        used = set(self.table.flatten().tolist())
+        self._free = [i for i in range(self._capacity) if i not in used]
+        if self.has_slots and self._free:
+            self.slots[torch.tensor(self._free, device=self.device)] = -1
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What `tensors` names, without the idle blocks: what a saved cache holds."""
+        used, table = self._renumbered()
+        return {name: table if name == "table" else x[used] for name, x in self.tensors().items()}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes over what `state` gave; the pool must be new."""
+        self.table = state["table"]
+        used = self.table[self.table >= 0]
+        self._capacity = int(used.max()) + 1 if len(used) else 0
+        self.shared = self._capacity < len(used)
+        self.fields = {name: x for name, x in state.items() if name not in ("table", "slots", "score")}
+        self.has_slots = "slots" in state
+        self.slots = state.get("slots", self.slots.new_empty(self._capacity, 0))
+        self.score = state.get("score", self.score.new_empty(self._capacity, 0))
+
+    def _allocate(self, num: int) -> list[int]:
+        if (short := num - len(self._free)) > 0:
+            slack = 0 if self.has_slots else self._capacity // GROWTH
+            self._grow(self._capacity + max(short, slack))
+        taken, self._free = self._free[:num], self._free[num:]
+        return taken
+
+    def _grow(self, capacity: int) -> None:
+        before = self._capacity
+        self.fields = {name: _resized(x, capacity) for name, x in self.fields.items()}
+        self.slots, self.score = _resized(self.slots, capacity), _resized(self.score, capacity)
+        self.slots[before:] = -1
+        self.score[before:] = 0
+        self._capacity = capacity
+        self._free.extend(range(before, capacity))
+
+    def _ensure_fields(self, encoded: Fields, per_token: bool) -> None:
+        """Makes the tensors at the first write, when the codec has shown what it needs."""
+        for name, x in encoded.items():
+            if name not in self.fields:
+                shape = (self.block, *x.shape[2:]) if per_token else x.shape[2:]
+                self.fields[name] = torch.zeros(self._capacity, *shape, dtype=x.dtype, device=self.device)
+
+    def _storages(self) -> list[torch.Tensor]:
+        return [*self.fields.values(), self.slots, self.score]
+
+
+def _resized(x: torch.Tensor, capacity: int) -> torch.Tensor:
+    larger = x.new_zeros(capacity, *x.shape[1:])
+    larger[: x.shape[0]] = x
+    return larger
