@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test fast lint format clean
 
 demo: $(VENV)/.installed
-	$(BIN)/kvfold bench demo --contexts 2048 --batch-sizes 1 --out results/demo
+	$(BIN)/kvfold bench demo --contexts 2048 --batch-sizes 1 --repeats 3 --out results/demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2

@@ -139,7 +139,7 @@ def _print_table(records: Sequence["Record"]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in chosen:
         title = column.title.replace(" ", "\n")
-        table.add_column(title, justify="right" if column.form else "left", no_wrap=bool(column.form), overflow="fold")
+        table.add_column(title, justify="right" if column.form else "left", no_wrap=column.title != "plan", overflow="fold")
     for record in ordered(records):
         table.add_row(*(Text(column.text(record)) for column in chosen))
     console.print(table)

