@@ -1,6 +1,7 @@
 """What all tests share: one thread, fixed seeds, and hypothesis without deadlines."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,7 +14,11 @@ settings.register_profile("ci", settings.get_profile("default"), derandomize=Tru
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
 
 
+torch.set_num_threads(1)  # here already: fixtures of modules are made before those of tests
+
+
 @pytest.fixture(autouse=True)
-def _same_every_time() -> None:
-    torch.set_num_threads(1)
+def _same_every_time() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import VOCAB_SIZE, tiny_model, tiny_model_folder
 
 from kvfold.cli.main import main
 from kvfold.errors import FileError, KvfoldError, PlanError
@@ -17,7 +18,6 @@ from kvfold.lab.measure import measure, peak_memory
 from kvfold.lab.quality import Reference, reference_of, rouge_l, stream_quality
 from kvfold.lab.results import RAW, RECORDS, Cell, Journal, Measurement, Record, read_records, wrong_fields
 from kvfold.lab.worker import Event, Job, Worker
-from tests.tiny import VOCAB_SIZE, tiny_model, tiny_model_folder
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. " * 12
 

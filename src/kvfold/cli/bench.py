@@ -121,7 +121,7 @@ def _print_update(update: "Update") -> None:
         print(f"{update.kind} {update.done:.0f}/{update.total}: {update.text}", flush=True)
 
 
-_LEAST_WIDTH = {"plan": 150, "ROUGE-L": 110, "peak MiB": 110, "tok/s": 85}
+_LEAST_WIDTH = {"plan": 150, "ROUGE-L": 110, "peak MiB": 110, "tok/s": 95, "TTFT ms": 88}
 """How wide a terminal must be for columns that records.md and the page hold in any case."""
 
 
