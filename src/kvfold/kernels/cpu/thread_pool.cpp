@@ -48,7 +48,8 @@ class ThreadPool {
       std::lock_guard<std::mutex> lock(mutex_);
       job_.work = nullptr;
     }
-    while (active_.load(std::memory_order_acquire) > 0) pause();
+    // On a machine with more work than cores the last worker may not be running: then it needs this core.
+    for (int i = 0; active_.load(std::memory_order_acquire) > 0; i++) i < kSpins ? pause() : std::this_thread::yield();
   }
 
  private:
