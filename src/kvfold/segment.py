@@ -5,6 +5,7 @@ length: padding is never stored, and every head may keep other tokens. Both answ
 `tiles` are what attention reads.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -20,22 +21,23 @@ TILE_TOKENS = 1024
 """Tokens a tile: enough for efficient products, few enough for its temporaries to stay in a core's cache."""
 
 
-class Segment:
+class Segment(ABC):
     """What both kinds share: attention over their tiles."""
 
     codec: KVCodec
 
     @property
+    @abstractmethod
     def width(self) -> int:
         """Places a row, with or without a token."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tiles(self) -> Iterator[Tile]:
-        raise NotImplementedError
+        """What the reference reads, oldest tokens first."""
 
+    @abstractmethod
     def locate(self, head_dim: int) -> Located | None:
         """Where the tokens lie, for the compiled kernels; None when these can't read them."""
-        raise NotImplementedError
 
     def attend(self, query: Query) -> Partial:
         return dispatch.attend([(self, query)])
