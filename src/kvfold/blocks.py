@@ -39,7 +39,7 @@ class Blocks(Segment):
         *,
         contiguous: bool,
         scored: bool,
-        pool: type[BlockPool] = BlockPool,
+        pool: Callable[..., BlockPool] = BlockPool,
         summarize: Summarize | None = None,
     ):
         self.codec, self.summarize = codec, summarize
