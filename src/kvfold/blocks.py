@@ -261,10 +261,14 @@ class Blocks(Segment):
             written = {name: x[valid] for name, x in encoded.items()}
             slots, score = slots[valid], None if score is None else score[valid]
         pool.write_tokens(addresses, written)
-        if pool.has_slots:
-            pool.slots.view(-1)[addresses] = slots
-        if pool.scored and score is not None:
-            pool.score.view(-1)[addresses] = score
+        self._note(addresses, slots, score)
+
+    def _note(self, addresses: torch.Tensor, slots: torch.Tensor, score: torch.Tensor | None) -> None:
+        """Writes the slots and scores of new tokens, where they are kept."""
+        if self.pool.has_slots:
+            self.pool.slots.view(-1)[addresses] = slots.int()
+        if self.pool.scored and score is not None:
+            self.pool.score.view(-1)[addresses] = score
 
     def _next_places(self, counts: torch.Tensor, width: int) -> torch.Tensor:
         """`[R, width]`: the places after the last token of each row, for `counts [R]` new ones."""
@@ -312,6 +316,12 @@ class Blocks(Segment):
                         encoded = self._encode_blocks(row.k[:, :count], row.v[:, :count], score)
                         pool.append_row_blocks(r, encoded)
             self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
+            return
+        if uniform and counts[0] % pool.block == 0 and not bool(self._free().any()):
+            before = torch.tensor(pool.num_blocks(), device=pool.device)[:, None] * pool.block
+            pool.append_blocks(pool.num_blocks(), self._encode_blocks(run.k, run.v, run.score))
+            addresses = pool.places(before + torch.arange(run.width, device=pool.device)).flatten()
+            self._note(addresses, run.slots.flatten(), None if run.score is None else run.score.flatten())
             return
         for r, count in enumerate(counts):
             if count:
@@ -379,9 +389,7 @@ class Blocks(Segment):
             pool.replace_row_blocks(row, freed, 0)
             pool.append_row_blocks(row, encoded)
             target = pool.tail_places(row, len(slots))
-        pool.slots.view(-1)[target] = slots.int()
-        if score is not None:
-            pool.score.view(-1)[target] = score
+        self._note(target, slots, score)
 
     def _decode_places(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Single tokens, dense: `[n, D]` twice."""
