@@ -23,6 +23,7 @@ from kvfold.plan import LayerPlan
 from kvfold.pool import BlockPool
 from kvfold.segment import Run, Segment, join
 from kvfold.site import Site
+from kvfold.tier.pool import TieredPool
 
 
 class LayerCache(CacheLayerMixin):
@@ -304,6 +305,10 @@ class LayerCache(CacheLayerMixin):
                 assert run.score is not None
                 run.score = self.plan.read.observe(run.score, run.k, run.slots.long(), q, query.slots)
         self._store(chunk)
+        if isinstance(self.body.pool, TieredPool):
+            runs = [getattr(self, name) for name in self.runs]
+            dense_bytes = sum(x.nbytes for run in runs for x in run.tensors().values())
+            self.body.pool.spill(self.num_real, self.sink.counts() + self.recent.counts(), dense_bytes)
 
     def _evict(self, query: Query, chunk: Run, lse: torch.Tensor) -> Run:
         """Lets the keep policy choose among all tokens but the sinks; returns what is left of the chunk."""

@@ -61,6 +61,11 @@ class BlockPool:
     in_one_place = True
     """Whether `fields` holds every block, by its id."""
 
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes in files."""
+        return 0
+
     # -- reading ---------------------------------------------------------------------------------------------------------
 
     def places(self, place: torch.Tensor) -> torch.Tensor:
