@@ -83,9 +83,9 @@ class MemoryShelf(Shelf):
         for name, x in out.items():
             torch.index_select(self.fields[name], 0, places, out=x)
 
-    def compact(self) -> torch.Tensor | None:
-        """Gives idle memory back when more than an eighth is; returns the new place of every old one, `[capacity]`, or None."""
-        if len(self._free) <= self.capacity // 8:
+    def compact(self, idle: float) -> torch.Tensor | None:
+        """Gives free memory back when more than the share `idle` is; returns the new place of every old one, or None."""
+        if len(self._free) <= int(self.capacity * idle):
             return None
         used = torch.ones(self.capacity, dtype=torch.bool)
         used[torch.tensor(self._free, dtype=torch.long)] = False
