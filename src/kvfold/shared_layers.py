@@ -93,6 +93,12 @@ class MergedLayer(LayerCache):
     def _new_body(self, num_rows: int) -> Blocks:
         return Blocks(self.codec, num_rows, self.device, contiguous=False, scored=False)
 
+    def kept_slots(self) -> list[list[int]]:
+        if not self.is_initialized:
+            return []
+        slots = torch.cat([*(getattr(self, name).slots.long() for name in self.runs), self.merged.slots()], 1)
+        return [sorted(s for s in row if s >= 0) for row in slots.tolist()]
+
     def _parts(self, query: Query, chunk: Run) -> Iterator[Segment]:
         if self.merged.width:
             yield from self.merged.parts(codec=self.codec)
