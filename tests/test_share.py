@@ -1,4 +1,4 @@
-"""Layers that hold a cache together: merged pairs against a dense computation by hand, borrowed tokens against a patched cache."""
+"""Layers that hold a cache together: merged pairs against a computation by hand, borrowed tokens against a patched cache."""
 
 import math
 from typing import Any
@@ -23,7 +23,12 @@ MERGED = [
     "fp8 | minicache(start=0%, keep=0%)",
     "hybrid(edge=1, edge_store=int8) | int4 | minicache(start=0%)",
 ]
-BORROWED = ["share(start=0%)", "int4 | share(start=50%)", "h2o(40%) | int8 | share(start=0%, every=3)", "window(100) | share(0%)"]
+BORROWED = [
+    "share(start=0%)",
+    "int4 | share(start=50%)",
+    "h2o(40%) | int8 | share(start=0%, every=3)",
+    "window(100) | share(0%)",
+]
 
 
 def test_every_registered_method_is_tested() -> None:

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 from oracle import chunked, held_bytes, left_pad, sharp_model, tokens
-from test_segments import CPU, BlocksMachine, check_attention, codec_of, query_of
+from test_segments import CPU, BlocksMachine, check_attention, query_of
 
 import kvfold
 from kvfold.blocks import Blocks
@@ -107,7 +107,9 @@ def test_a_saved_cache_goes_on(tmp_path: Path) -> None:
     following = tokens(1, 75, seed=1)
     mine, theirs = (chunked(model, c, following, None, [70, 1, 1, 1, 1, 1]) for c in (loaded, cache))
     torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
-    assert [pool.where.bincount().tolist() for pool in pools(loaded)] == [pool.where.bincount().tolist() for pool in pools(cache)]
+    assert [pool.where.bincount().tolist() for pool in pools(loaded)] == [
+        pool.where.bincount().tolist() for pool in pools(cache)
+    ]
 
 
 # -- budgets and bytes -------------------------------------------------------------------------------------------------------

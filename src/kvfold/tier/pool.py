@@ -1,7 +1,7 @@
 """A pool whose blocks lie in several places: the device, the host's memory, a file.
 
-Ids, the table, slots, scores and summaries are as in any pool, and stay on the device; only fields move. Whole blocks move as they
-are, so that what is read is bit for bit what was written.
+Ids, the table, slots, scores and summaries are as in any pool, and stay on the device; only fields move. Whole blocks move as
+they are, so that what is read is bit for bit what was written.
 """
 
 import math
@@ -258,10 +258,10 @@ class TieredPool(BlockPool):
             ids = torch.nonzero((nearest == place) & (self.where != place) & (self.where >= 0)).flatten()
             if len(ids):
                 self._move(ids, place)
-        for place, by_bytes in ((DEVICE, self.tier.device), (HOST, self.tier.host.limit)):
+        for place, budget in ((DEVICE, self.tier.device), (HOST, self.tier.host.limit)):
             shelf = self.shelves.get(place)
-            idle = 0.0 if by_bytes and by_bytes.unit == "bytes" else IDLE
-            if isinstance(shelf, MemoryShelf) and (moved := shelf.compact(idle)) is not None:
+            free = 0.0 if budget and budget.unit == "bytes" else IDLE
+            if isinstance(shelf, MemoryShelf) and (moved := shelf.compact(free)) is not None:
                 here = self.where == place
                 self.at[here] = moved[self.at[here]]
                 self._mark += 1
