@@ -178,7 +178,8 @@ def test_every_strategy_of_the_catalog_runs_on_a_padded_batch(name: str) -> None
     full = chunked(model, kvfold.cache(model, "full"), ids, mask, [130])
     mine = chunked(model, cache, ids, mask, [130])
     strict = getattr(Plan.parse(STRATEGIES[name].plan).keep, "strict", False)
-    if not strict:  # the first chunk sees all of itself, dense
+    lends = "share(" in STRATEGIES[name].plan  # half of the layers have lost their own tokens at once
+    if not strict and not lends:  # the first chunk sees all of itself, dense
         torch.testing.assert_close(mine[mask.bool()], full[mask.bool()], atol=1e-4, rtol=1e-4)
     with torch.no_grad():
         assert model(tokens(2, 2), past_key_values=cache).logits.isfinite().all()

@@ -289,7 +289,7 @@ class TieredMachine(BlocksMachine):
     def spill(self) -> None:
         pool = self.blocks.pool
         assert isinstance(pool, TieredPool)
-        pool.spill([10**6] * self.rows, torch.zeros(self.rows, dtype=torch.long), 0)
+        pool.spill([10**6] * self.rows)
         used = pool.table[pool.table >= 0].unique()
         owned = max(pool.num_blocks())
         assert bool((pool.where[used] >= 0).all())

@@ -23,7 +23,6 @@ from kvfold.plan import LayerPlan
 from kvfold.pool import BlockPool
 from kvfold.segment import Run, Segment, join
 from kvfold.site import Site
-from kvfold.tier.pool import TieredPool
 
 
 class LayerCache(CacheLayerMixin):
@@ -57,8 +56,7 @@ class LayerCache(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         rows = batch * heads
         for name in self.runs:
-            run = Run.empty(rows, head_dim, self.dtype, self.device, scored=name == "recent" and self.plan.scored)
-            setattr(self, name, run)
+            setattr(self, name, Run.empty(rows, head_dim, self.dtype, self.device, name == "recent" and self.plan.scored))
         self.body = self._new_body(rows)
         self.num_real = [0] * batch
         self.is_initialized = True
@@ -114,13 +112,11 @@ class LayerCache(CacheLayerMixin):
             raise ValueError("crop takes the number of tokens to remove as a negative number")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        end = max(0, self.num_seen + tokens_to_remove)
-        removed = self.num_seen - end
-        self.num_seen = end
+        removed = min(self.num_seen, -tokens_to_remove)
+        self.num_seen = end = self.num_seen - removed
         self.num_real = [max(0, n - removed) for n in self.num_real]
         for name in self.runs:
-            run: Run = getattr(self, name)
-            setattr(self, name, run.where(run.slots < end))
+            setattr(self, name, (run := getattr(self, name)).where(run.slots < end))
         if rest := self.body.crop(end):
             score = torch.zeros_like(rest.slots, dtype=torch.float32) if self.plan.scored else None
             self.recent = join(Run(rest.k.to(self.dtype), rest.v.to(self.dtype), rest.slots, score), self.recent)
@@ -137,8 +133,8 @@ class LayerCache(CacheLayerMixin):
         if not self.is_initialized:
             return
         indices = indices.to(self.device)
-        heads = torch.arange(self.site.num_kv_heads, device=self.device)
-        rows = (indices[:, None] * len(heads) + heads).flatten()
+        num_heads = self.site.num_kv_heads
+        rows = (indices[:, None] * num_heads + torch.arange(num_heads, device=self.device)).flatten()
         for name in self.runs:
             setattr(self, name, getattr(self, name).rows(rows))
         self.body.select_rows(rows)
@@ -270,14 +266,9 @@ class LayerCache(CacheLayerMixin):
         read, pool = self.plan.read, self.body.pool
         columns = None
         if read and len(query.slots) <= read.queries:
-            budget = torch.tensor([read.budget.tokens(n) for n in self.num_real], device=self.device)
             dense = self.sink.counts() + self.recent.counts() + chunk.counts()
-            allowed = (budget.repeat_interleave(self.site.num_kv_heads) - dense) // pool.block
-            columns = read.choose(query.q, pool.table, pool.summary, allowed)
-        if columns is None and pool.in_one_place:
-            yield self.body
-        else:
-            yield from self.body.parts(columns)
+            columns = read.choose(query.q, pool.table, pool.summary, read.blocks(self.num_real, dense, pool.block))
+        yield from [self.body] if columns is None and pool.in_one_place else self.body.parts(columns)
 
     def _moving(self, chunk: Run) -> list[Segment]:
         """What a keep policy chooses from, oldest first."""
@@ -305,10 +296,7 @@ class LayerCache(CacheLayerMixin):
                 assert run.score is not None
                 run.score = self.plan.read.observe(run.score, run.k, run.slots.long(), q, query.slots)
         self._store(chunk)
-        if isinstance(self.body.pool, TieredPool):
-            runs = [getattr(self, name) for name in self.runs]
-            dense_bytes = sum(x.nbytes for run in runs for x in run.tensors().values())
-            self.body.pool.spill(self.num_real, self.sink.counts() + self.recent.counts(), dense_bytes)
+        self.body.pool.spill(self.num_real, self.sink, self.recent)
 
     def _evict(self, query: Query, chunk: Run, lse: torch.Tensor) -> Run:
         """Lets the keep policy choose among all tokens but the sinks; returns what is left of the chunk."""
@@ -399,11 +387,9 @@ class LayerCache(CacheLayerMixin):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that the layer holds, named by its segment and purpose."""
         if self.is_initialized:
-            for name in self.runs:
-                for part, tensor in getattr(self, name).tensors().items():
+            for name, segment in [*((run, getattr(self, run)) for run in self.runs), ("body", self.body.pool)]:
+                for part, tensor in segment.tensors().items():
                     yield f"{name}.{part}", tensor
-            for part, tensor in self.body.pool.tensors().items():
-                yield f"body.{part}", tensor
 
     def kept_slots(self) -> list[list[int]]:
         """For each row (sequence * KV heads + head) the slots of the tokens held, in order."""
