@@ -97,7 +97,11 @@ _ALL = (
         "infllm", "infllm(25%)", "all tokens; a step reads the quarter that representatives point to", _INFLLM, demo=False
     ),
     Strategy(
-        "minicache", "minicache(start=50%)", "upper layers in pairs: one direction, two magnitudes", _MINICACHE, demo=False
+        "minicache",
+        "minicache(start=50%)",
+        "upper layers in pairs: one direction, two magnitudes; SmolLM2's layers are too unlike",
+        _MINICACHE,
+        demo=False,
     ),
     Strategy(
         "minicache_int8",
@@ -106,7 +110,13 @@ _ALL = (
         _MINICACHE,
         demo=False,
     ),
-    Strategy("layer_sharing", "share(start=50%)", "every second upper layer uses its neighbour's tokens", _CLA, demo=False),
+    Strategy(
+        "layer_sharing",
+        "share(start=50%)",
+        "every second upper layer uses its neighbour's tokens; for models trained so",
+        _CLA,
+        demo=False,
+    ),
     Strategy(
         "hierarchical",
         "int4 | tier(device=25%, host=25%, disk)",

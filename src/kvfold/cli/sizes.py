@@ -14,8 +14,8 @@ _WINDOW_NAMES = ("window", "recent")
 def with_sizes(plan: Plan, sink: int | None, window: int | None) -> Plan:
     """The plan with other sizes; None leaves one as it is.
 
-    A keep policy or a read stage gets them as its own arguments. A plan that only has a codec gets `protect(sink=, window=)`. PlanError when
-    the plan has no place for a size, or when the sizes don't work.
+    A keep policy or a read stage gets them as its own arguments. A plan that only has a codec gets `protect(sink=, window=)`.
+    PlanError when the plan has no place for a size, or when the sizes don't work.
     """
     for name, size in (("sink", sink), ("window", window)):
         if size is not None:
