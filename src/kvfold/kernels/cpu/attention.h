@@ -74,6 +74,7 @@ struct Kernels {
 extern const Kernels kPortable;
 #ifdef KVFOLD_X86
 extern const Kernels kAvx2;
+extern const Kernels kAvxVnni;  // defined where the compiler knows it: KVFOLD_AVXVNNI
 extern const Kernels kAvx512;
 #endif
 

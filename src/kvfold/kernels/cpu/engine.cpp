@@ -27,8 +27,12 @@ const std::vector<const Kernels*>& runnable() {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vnni");
     if (avx512) found.push_back(&kAvx512);
+#ifdef KVFOLD_AVXVNNI
+    if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&kAvxVnni);
+#endif
     if (avx2) found.push_back(&kAvx2);
 #endif
     found.push_back(&kPortable);
