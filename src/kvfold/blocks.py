@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from kvfold.attention import dispatch
 from kvfold.attention.dispatch import Located
 from kvfold.attention.reference import Tile
 from kvfold.kernels import cpu
@@ -201,7 +202,7 @@ class Blocks(Segment):
         pool = self.pool
         counts = run.counts()
         place = self._next_places(counts, run.width) if self.contiguous else self._free_places(counts, run.width)
-        encoded = self.codec.encode(run.k, run.v)
+        encoded = dispatch.encode(self.codec, run.k, run.v)
         slots, score = run.slots, run.score
         if bool((counts == run.width).all()):
             addresses = pool.places(place).flatten()
@@ -276,7 +277,7 @@ class Blocks(Segment):
         if short := -num_tokens % block:
             k = torch.cat([k, k[:, -1:].expand(-1, short, -1)], 1)
             v = torch.cat([v, v[:, -1:].expand(-1, short, -1)], 1)
-        return self.codec.encode(k.reshape(rows, -1, block, head_dim), v.reshape(rows, -1, block, head_dim))
+        return dispatch.encode(self.codec, k.reshape(rows, -1, block, head_dim), v.reshape(rows, -1, block, head_dim))
 
     def _merge(self, row: int, fresh: Run | None) -> None:
         """Brings a row's tokens and `fresh` ones into as few blocks as can be, by rewriting only the emptiest blocks."""
