@@ -171,7 +171,7 @@ class Affine(TensorCodec):
 
 @functools.cache
 def scale_grid(axis: Axis) -> torch.Tensor:
-    """`[256] float32`: what the scale of each `log8` code is of the largest. A table, so that all kernels have the same bits."""
+    """`[256] float32`: what each `log8` code is of the largest scale; a table, so that all kernels have the same bits."""
     return (torch.arange(256, dtype=torch.float64) / -_PER_OCTAVE[axis]).exp2().float()
 
 
