@@ -3,10 +3,14 @@
 #include <cfloat>
 #include <cmath>
 
+#include "encoding.h"
 #include "folding.h"
 #include "visible.h"
 
 namespace kvfold {
+
+void KVFOLD_ENCODE(const Encoding&, const uint8_t* x, int tokens, int head_dim, const Encoded& to, float* floats);
+
 namespace {
 
 constexpr float kLowest = -FLT_MAX;
@@ -246,6 +250,6 @@ int64_t workspace(const Shape& shape, const Part& part, int vectors) {
 
 }  // namespace
 
-extern const Kernels KVFOLD_KERNELS = {KVFOLD_NAME, W, workspace, attend, merge, mass};
+extern const Kernels KVFOLD_KERNELS = {KVFOLD_NAME, W, workspace, attend, merge, mass, KVFOLD_ENCODE};
 
 }  // namespace kvfold

@@ -13,6 +13,7 @@ namespace kvfold {
 namespace {
 
 constexpr int kTasksPerThread = 4;  // so that threads of unequal speed end together
+constexpr int kTokensPerPiece = 64; // of encoding
 constexpr int kLeastColumns = 4;    // blocks a task, below which sharing costs more than it gives
 
 const Kernels*& chosen() {
@@ -162,6 +163,24 @@ void mass(const Shape& shape, const Part& part, const float* lse, float* receive
   }
   const int64_t needed = k.workspace(shape, part, std::min(shape.groups * shape.queries, kStrip));
   parallel_for(int(tasks.size()), num_threads, [&](int i, int) { k.mass(shape, tasks[i], lse, received, scratch(needed)); });
+}
+
+void encode(const Encoding& e, const uint8_t* x, int64_t blocks, int tokens, int head_dim, const Encoded& to, int num_threads) {
+  const int bits = e.kind == Kind::I4 ? 4 : e.kind == Kind::I2 ? 2 : 8;
+  const int64_t number_bytes = e.input == Kind::F32 ? 4 : 2, scale_bytes = e.scale_kind == ScaleKind::HALF ? 2 : 1;
+  // By channel a block is one piece; tokens with scales of their own may be cut anywhere.
+  const int64_t all_tokens = blocks * tokens, piece = e.by_channel ? tokens : kTokensPerPiece;
+  if (all_tokens == 0) return;
+  const int64_t groups = (e.by_channel ? tokens : head_dim) / e.group;
+  const int64_t token_scales = e.by_channel ? 0 : groups, block_scales = e.by_channel ? groups * head_dim : 0;
+  parallel_for(int((all_tokens + piece - 1) / piece), num_threads, [&](int i, int) {
+    const int64_t first = i * piece, count = std::min(piece, all_tokens - first);
+    const int64_t scales = first * token_scales + i * block_scales;
+    const Encoded at = {to.codes + first * head_dim * bits / 8, to.scale + scales * scale_bytes,
+                        to.zero ? to.zero + scales : nullptr, to.base ? to.base + i : nullptr};
+    float* memory = scratch(encode_floats(int(count), head_dim, int(groups)));
+    kernels().encode(e, x + first * head_dim * number_bytes, int(count), head_dim, at, memory);
+  });
 }
 
 }  // namespace kvfold
