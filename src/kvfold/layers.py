@@ -34,10 +34,8 @@ def make_layers(plan: Plan, sites: Sequence[Site]) -> list[LayerCache]:
 
 
 def _pool(plan: LayerPlan, site: Site, stage: Stage | None, *, again: bool = False) -> Callable[..., BlockPool]:
-    """What makes a layer's pool. `again`: each step reads it several times over, so that what comes next is not the next layer's."""
+    """What makes a layer's pool. `again`: a step reads it several times, so that the next layer's is not what comes next."""
     if plan.tier is None or stage is None:
         return BlockPool
     known = not (plan.read or again)
-    return partial(
-        TieredPool, tier=plan.tier, stage=stage, layer=site.layer, num_layers=site.num_layers, predictable=known
-    )
+    return partial(TieredPool, tier=plan.tier, stage=stage, layer=site.layer, num_layers=site.num_layers, predictable=known)

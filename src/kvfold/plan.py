@@ -128,7 +128,9 @@ class Plan:
         if self.share and self.share.merges:
             name = self.share.name
             if self.keep:
-                raise PlanError(f"'{name}' needs the same tokens in both layers of a pair, and '{self.keep.name}' chooses by layer")
+                raise PlanError(
+                    f"'{name}' needs the same tokens in both layers of a pair, and '{self.keep.name}' chooses by layer"
+                )
             if self.read:
                 raise PlanError(f"'{self.read.name}' can't choose among the merged blocks of '{name}': leave one of them out")
             if self.tier:

@@ -83,7 +83,7 @@ class BlockPool:
         return {name: x.flatten(0, 1)[addresses] for name, x in self.fields.items()}
 
     def located(self, table: torch.Tensor) -> Iterator[PoolPart]:
-        """Where the blocks `table [R, C]` lie, -1 after a row's last, part by part; a part is valid until the next is asked for."""
+        """Where the blocks `table [R, C]` lie (-1: none), part by part; a part is valid until the next is asked for."""
         yield PoolPart(self.fields, table, table, None)
 
     def slots_in(self, part: PoolPart) -> torch.Tensor:

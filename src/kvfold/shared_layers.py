@@ -30,7 +30,7 @@ class LendingLayer(LayerCache):
         super().reset()
 
     def lend(self, q: torch.Tensor, *, last: bool) -> torch.Tensor:
-        """Attention of another layer's queries, `[R, M, D]` and scaled, to what this layer holds and the same chunk's tokens."""
+        """Attention of another layer's queries, `[R, M, D]` scaled, to what this layer holds and the same chunk's tokens."""
         assert self._asked is not None
         assert self._unsettled is not None
         query, chunk, lse = self._unsettled
@@ -72,8 +72,8 @@ class BorrowingLayer(LayerCache):
 class MergedLayer(LayerCache):
     """One of a pair of layers whose tokens are merged (kvfold.share.minicache). The first one holds the merged blocks.
 
-    Both hold their dense tokens themselves: sinks, the recent ones, those that wait to be merged, and in `kept` those that can't
-    be. A layer's new tokens are merged when its partner has them too, which is when the second layer has attended.
+    Both hold their dense tokens themselves: sinks, the recent ones, those that wait to be merged, and in `kept` those that
+    can't be. A layer's new tokens are merged when its partner has them too, which is when the second layer has attended.
     """
 
     runs: ClassVar[tuple[str, ...]] = ("sink", "kept", "recent")
@@ -92,6 +92,12 @@ class MergedLayer(LayerCache):
 
     def _new_body(self, num_rows: int) -> Blocks:
         return Blocks(self.codec, num_rows, self.device, contiguous=False, scored=False)
+
+    def kept_slots(self) -> list[list[int]]:
+        if not self.is_initialized:
+            return []
+        slots = torch.cat([*(getattr(self, name).slots.long() for name in self.runs), self.merged.slots()], 1)
+        return [sorted(s for s in row if s >= 0) for row in slots.tolist()]
 
     def _parts(self, query: Query, chunk: Run) -> Iterator[Segment]:
         if self.merged.width:

@@ -38,7 +38,9 @@ class Read(ABC):
     def relevance(self, q: torch.Tensor, summary: Fields) -> torch.Tensor:
         """How much blocks matter: `q [R, M, D] float32` and fields `[R, C, *]` to `[R, C] float32`."""
 
-    def observe(self, score: torch.Tensor, k: torch.Tensor, slots: torch.Tensor, q: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    def observe(
+        self, score: torch.Tensor, k: torch.Tensor, slots: torch.Tensor, q: torch.Tensor, asked: torch.Tensor
+    ) -> torch.Tensor:
         """The numbers of dense tokens after a chunk, `[R, N]` both.
 
         Args:

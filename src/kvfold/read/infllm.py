@@ -20,8 +20,8 @@ import torch
 
 from kvfold.budget import Budget
 from kvfold.errors import PlanError
-from kvfold.registry import register
 from kvfold.read.base import Read
+from kvfold.registry import register
 from kvfold.store.base import Fields
 
 
@@ -42,7 +42,9 @@ class InfLLM(Read):
         if not 1 <= self.representatives <= 64:
             raise PlanError(f"infllm: representatives={self.representatives} must be 1 to 64, the tokens of a block")
 
-    def observe(self, score: torch.Tensor, k: torch.Tensor, slots: torch.Tensor, q: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    def observe(
+        self, score: torch.Tensor, k: torch.Tensor, slots: torch.Tensor, q: torch.Tensor, asked: torch.Tensor
+    ) -> torch.Tensor:
         seen = (slots[:, None, :] <= asked[:, None]) & (slots[:, None, :] >= 0)
         gained = (q.mean(1) @ k.float().mT).masked_fill(~seen, 0.0).sum(1)
         of_all = (asked[-1] - slots + 1).clamp_min(1)  # every token from this one on has asked once

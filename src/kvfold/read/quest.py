@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 
 from kvfold.budget import Budget
-from kvfold.registry import register
 from kvfold.read.base import Read
+from kvfold.registry import register
 from kvfold.store.base import Fields
 
 

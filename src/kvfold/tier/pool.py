@@ -1,7 +1,7 @@
 """A pool whose blocks lie in several places: the device, the host's memory, a file.
 
-Ids, the table, slots, scores and summaries are as in any pool, and stay on the device; only fields move. Whole blocks move as they
-are, so that what is read is bit for bit what was written.
+Ids, the table, slots, scores and summaries are as in any pool, and stay on the device; only fields move. Whole blocks move as
+they are, so that what is read is bit for bit what was written.
 """
 
 import math
@@ -20,6 +20,8 @@ from kvfold.tier.tier import Tier
 DEVICE, HOST, DISK = 0, 1, 2
 STAGED_TOKENS = 1024
 """Tokens a row that come to the device at a time."""
+IDLE = 1 / 8
+"""The share of a place's memory that may be free, so that the next blocks find room; none where a budget counts bytes."""
 
 
 class FullError(KvfoldError):
@@ -256,8 +258,10 @@ class TieredPool(BlockPool):
             ids = torch.nonzero((nearest == place) & (self.where != place) & (self.where >= 0)).flatten()
             if len(ids):
                 self._move(ids, place)
-        for place in (DEVICE, HOST):
-            if isinstance(shelf := self.shelves.get(place), MemoryShelf) and (moved := shelf.compact()) is not None:
+        for place, budget in ((DEVICE, self.tier.device), (HOST, self.tier.host.limit)):
+            shelf = self.shelves.get(place)
+            free = 0.0 if budget and budget.unit == "bytes" else IDLE
+            if isinstance(shelf, MemoryShelf) and (moved := shelf.compact(free)) is not None:
                 here = self.where == place
                 self.at[here] = moved[self.at[here]]
                 self._mark += 1
@@ -276,11 +280,13 @@ class TieredPool(BlockPool):
             tokens = _by_row([budget.tokens(n) for n in num_real], num_rows)
             return ((tokens - dense) // self.block).clamp_min(1)
         known = [self.table, self.slots, self.score, self.where, self.at, *self.summary.values()]
-        besides = dense_bytes + sum(x.nbytes for x in known) + sum(x.nbytes for x in self.stage.buffers) / self.num_layers
+        staged = 2 * max(1, STAGED_TOKENS // self.block) * num_rows * self._block_bytes()
+        staged = max(staged, sum(x.nbytes for x in self.stage.buffers))
+        besides = dense_bytes + sum(x.nbytes for x in known) + staged / self.num_layers
         num_blocks = int((budget.value / self.num_layers - besides) // (self._block_bytes() * num_rows))
         if num_blocks < 1:
             least = (besides + self._block_bytes() * num_rows) * self.num_layers
-            raise PlanError(f"tier: {budget} is too little for the device: it needs {least / 2**20:.1f}MiB at least")
+            raise PlanError(f"tier: {budget} is too little for the device: it needs {least / 2**10:.0f}KiB at least")
         return torch.full((num_rows,), num_blocks)
 
     def _room(self, room: Room, num_real: list[int]) -> torch.Tensor:

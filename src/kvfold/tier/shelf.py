@@ -83,9 +83,9 @@ class MemoryShelf(Shelf):
         for name, x in out.items():
             torch.index_select(self.fields[name], 0, places, out=x)
 
-    def compact(self) -> torch.Tensor | None:
-        """Gives idle memory back when more than an eighth is; returns the new place of every old one, `[capacity]`, or None."""
-        if len(self._free) <= self.capacity // 8:
+    def compact(self, idle: float) -> torch.Tensor | None:
+        """Gives free memory back when more than the share `idle` is; returns the new place of every old one, or None."""
+        if len(self._free) <= int(self.capacity * idle):
             return None
         used = torch.ones(self.capacity, dtype=torch.bool)
         used[torch.tensor(self._free, dtype=torch.long)] = False
@@ -109,8 +109,8 @@ class MemoryShelf(Shelf):
 class DiskShelf(Shelf):
     """A file of records, one a block, with a checksum of each in memory. The file goes when the shelf does.
 
-    It lies in a folder of its own below the system's folder for temporary files (TMPDIR). A record that is not as it was written
-    raises FileError, which names the file.
+    It lies in a folder of its own below the system's folder for temporary files (TMPDIR). A record that is not as it was
+    written raises FileError, which names the file.
     """
 
     def __init__(self, name: str):
@@ -142,7 +142,9 @@ class DiskShelf(Shelf):
             except OSError as error:
                 raise explain(error, self.path, "write") from error
             if written != self._record:
-                raise FileError(f"can't write {self.path}: the disk is full; reset the cache, or give the tiers above more room")
+                raise FileError(
+                    f"can't write {self.path}: the disk is full; reset the cache, or give the tiers above more room"
+                )
         return places
 
     def get(self, places: torch.Tensor, out: Fields) -> None:
@@ -163,14 +165,16 @@ class DiskShelf(Shelf):
     def _check_there(self) -> None:
         """An open file outlives its name; but one whose name is gone is one that somebody has removed."""
         try:
-            there = os.stat(self.path)
+            there = self.path.stat()
         except OSError as error:
             raise self._damaged("it has been removed") from error
         if there.st_ino != os.fstat(self._file).st_ino:
             raise self._damaged("another file is in its place")
 
     def _damaged(self, why: str) -> FileError:
-        return FileError(f"{self.path}, which holds a part of the cache, is damaged ({why}): reset the cache and read the text again")
+        return FileError(
+            f"{self.path}, which holds a part of the cache, is damaged ({why}): reset the cache and read the text again"
+        )
 
     def _grow(self, capacity: int) -> None:
         super()._grow(capacity)

@@ -5,9 +5,12 @@ are, bit by bit, to the host's memory, and from there to a file. Attention reads
 not on the device come through a small staging buffer, part by part, while a thread fetches the next part (kvfold.tier.stage).
 With a read stage in the plan, only the blocks that it chooses come.
 
-A budget is what each sequence may hold in a place, of all that a layer holds for it: in tokens (per KV head), as a share of the
-context, or in bytes of the whole cache. A bare `host` or `disk` takes whatever is left. Sheng et al., FlexGen (arXiv 2303.06865),
+A budget is what each sequence may hold in a place, of all that a layer holds for it: in tokens (per KV head), as a share of
+the context, or in bytes of the whole cache. A bare `host` or `disk` takes whatever is left. Blocks are whole, and the one that
+is being written stays on the device; while a chunk is read, it is there as well. Sheng et al., FlexGen (arXiv 2303.06865),
 section 4, is the model of such a hierarchy.
+
+Files lie below the system's folder for temporary files; where that is in memory, set TMPDIR to a folder on a disk.
 """
 
 from dataclasses import dataclass
