@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from kvfold.attention import dispatch
 from kvfold.attention.dispatch import Located
 from kvfold.attention.reference import Query, Tile
 from kvfold.block_view import BlockView
@@ -249,7 +250,7 @@ class Blocks(Segment):
         pool = self.pool
         counts = run.counts()
         place = self._next_places(counts, run.width) if self.contiguous else self._free_places(counts, run.width)
-        encoded = self.codec.encode(run.k, run.v)
+        encoded = dispatch.encode(self.codec, run.k, run.v)
         slots, score = run.slots, run.score
         if bool((counts == run.width).all()):
             addresses = pool.places(place).flatten()
@@ -337,7 +338,7 @@ class Blocks(Segment):
             v = torch.cat([v, v[:, -1:].expand(-1, short, -1)], 1)
             score = None if score is None else torch.cat([score, score[:, -1:].expand(-1, short)], 1)
         k = k.reshape(rows, -1, block, head_dim)
-        fields = self.codec.encode(k, v.reshape(rows, -1, block, head_dim))
+        fields = dispatch.encode(self.codec, k, v.reshape(rows, -1, block, head_dim))
         if self.summarize:
             fields |= self.summarize(k, None if score is None else score.reshape(rows, -1, block))
         return fields
