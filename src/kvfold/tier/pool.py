@@ -19,7 +19,7 @@ from kvfold.tier.stage import Reader, Request, Stage
 from kvfold.tier.tier import Tier
 
 DEVICE, HOST, DISK = 0, 1, 2
-STAGED_TOKENS = 1024
+STAGED_TOKENS = 4096
 """Tokens a row that come to the device at a time."""
 IDLE = 1 / 8
 """The share of a place's memory that may be free, so that the next blocks find room; none where a budget counts bytes."""
@@ -294,7 +294,8 @@ class TieredPool(BlockPool):
             return ((tokens - sum(run.counts().cpu() for run in dense)) // self.block).clamp_min(1)
         dense_bytes = sum(x.nbytes for run in dense for x in run.tensors().values())
         known = [self.table, self.slots, self.score, self.where, self.at, *self.summary.values()]
-        staged = 2 * max(1, STAGED_TOKENS // self.block) * num_rows * self._block_bytes()
+        columns = min(self.table.shape[1], max(1, STAGED_TOKENS // self.block))
+        staged = 2 * columns * num_rows * self._block_bytes()
         staged = max(staged, sum(x.nbytes for x in self.stage.buffers))
         besides = dense_bytes + sum(x.nbytes for x in known) + staged / self.num_layers
         num_blocks = int((budget.value / self.num_layers - besides) // (self._block_bytes() * num_rows))
