@@ -1,38 +1,29 @@
 """The cache of one layer: where the stages of a plan meet.
 
-    new K, V → sinks (dense) | keep policy → recent (dense) → codec → blocks
+    new K, V → sinks (dense) | keep policy → recent (dense) → codec → blocks → tier
 
 A layer first attends to what it holds and to the new tokens, and only then lets go of any: so a chunk loses nothing
 that its own queries were to see. Everything that the layer holds is in three segments, `sink`, `body` and `recent`.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvfold.attention import dispatch
-from kvfold.attention.reference import Partial, Query
+from kvfold.attention.reference import Partial, Query, merge
 from kvfold.blocks import Blocks
 from kvfold.budget import latest, split_over_heads
 from kvfold.errors import PlanError
 from kvfold.handle import Handle, SeenLength
 from kvfold.keep.base import KeepContext
 from kvfold.plan import LayerPlan
-from kvfold.rope import Rope
+from kvfold.pool import BlockPool
 from kvfold.segment import Run, Segment, join
-from kvfold.store.base import part
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a layer holds vectors of."""
-
-    num_kv_heads: int
-    head_dim: int
-    num_layers: int
+from kvfold.site import Site
+from kvfold.tier.pool import TieredPool
 
 
 class LayerCache(CacheLayerMixin):
@@ -44,10 +35,16 @@ class LayerCache(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
+    runs: ClassVar[tuple[str, ...]] = ("sink", "recent")
+    """The dense segments, by name."""
+    sink: Run
+    recent: Run
 
-    def __init__(self, index: int, shape: Shape, plan: LayerPlan, rope: Rope | None = None):
+    def __init__(self, site: Site, plan: LayerPlan, pool: Callable[..., BlockPool] = BlockPool):
         super().__init__()
-        self.index, self.shape, self.plan, self.rope = index, shape, plan, rope
+        self.site, self.plan, self._new_pool = site, plan, pool
+        self.codec = plan.store.codec(site)
+        self.rope = site.model.rope() if plan.keep and plan.keep.reindex and site.model else None
         self.is_croppable = plan.keep is None
         self.num_seen = 0
         self.num_real: list[int] = []  # tokens seen that are not padding, for each sequence
@@ -59,14 +56,24 @@ class LayerCache(CacheLayerMixin):
         batch, heads, _, head_dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         rows = batch * heads
-        keep = self.plan.keep
-        codec = self.plan.store.codec(head_dim, self.dtype)
-        scored = keep is not None and keep.scored
-        self.sink = Run.empty(rows, head_dim, self.dtype, self.device, scored=False)
-        self.recent = Run.empty(rows, head_dim, self.dtype, self.device, scored)
-        self.body = Blocks(codec, rows, self.device, contiguous=keep is None, scored=scored)
+        for name in self.runs:
+            run = Run.empty(rows, head_dim, self.dtype, self.device, scored=name == "recent" and self.plan.scored)
+            setattr(self, name, run)
+        self.body = self._new_body(rows)
         self.num_real = [0] * batch
         self.is_initialized = True
+
+    def _new_body(self, num_rows: int) -> Blocks:
+        keep, read = self.plan.keep, self.plan.read
+        return Blocks(
+            self.codec,
+            num_rows,
+            self.device,
+            contiguous=keep is None,
+            scored=keep is not None and keep.scored,
+            pool=self._new_pool,
+            summarize=read.summarize if read else None,
+        )
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Takes `[B, Hkv, Q, D]` of new keys and values; the attention function gets them as a handle, twice."""
@@ -95,7 +102,7 @@ class LayerCache(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets all tokens and gives their memory back."""
         self.num_seen, self.num_real, self.is_initialized = 0, [], False
-        for name in ("sink", "recent", "body"):
+        for name in (*self.runs, "body"):
             self.__dict__.pop(name, None)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -111,10 +118,12 @@ class LayerCache(CacheLayerMixin):
         removed = self.num_seen - end
         self.num_seen = end
         self.num_real = [max(0, n - removed) for n in self.num_real]
-        self.sink = self.sink.where(self.sink.slots < end)
-        self.recent = self.recent.where(self.recent.slots < end)
+        for name in self.runs:
+            run: Run = getattr(self, name)
+            setattr(self, name, run.where(run.slots < end))
         if rest := self.body.crop(end):
-            self.recent = join(Run(rest.k.to(self.dtype), rest.v.to(self.dtype), rest.slots), self.recent)
+            score = torch.zeros_like(rest.slots, dtype=torch.float32) if self.plan.scored else None
+            self.recent = join(Run(rest.k.to(self.dtype), rest.v.to(self.dtype), rest.slots, score), self.recent)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -128,9 +137,10 @@ class LayerCache(CacheLayerMixin):
         if not self.is_initialized:
             return
         indices = indices.to(self.device)
-        heads = torch.arange(self.shape.num_kv_heads, device=self.device)
+        heads = torch.arange(self.site.num_kv_heads, device=self.device)
         rows = (indices[:, None] * len(heads) + heads).flatten()
-        self.sink, self.recent = self.sink.rows(rows), self.recent.rows(rows)
+        for name in self.runs:
+            setattr(self, name, getattr(self, name).rows(rows))
         self.body.select_rows(rows)
         self.num_real = [self.num_real[i] for i in indices.tolist()]
 
@@ -151,7 +161,7 @@ class LayerCache(CacheLayerMixin):
             `[B, Q, Hq, D]`, in the type of q.
         """
         batch, num_query_heads, num_queries, head_dim = q.shape
-        heads = self.shape.num_kv_heads
+        heads = self.site.num_kv_heads
         rows, groups = batch * heads, num_query_heads // heads
         first = self.num_seen - num_queries
         slots = torch.arange(first, self.num_seen, device=q.device)
@@ -178,7 +188,6 @@ class LayerCache(CacheLayerMixin):
     def _chunk(self, handle: Handle, slots: torch.Tensor, real: torch.Tensor | None) -> Run:
         """The new tokens as a run, without padding."""
         batch, heads, num_new, head_dim = handle.k.shape
-        scored = self.plan.keep is not None and self.plan.keep.scored
         k = handle.k.reshape(batch * heads, num_new, head_dim)
         v = handle.v.reshape(batch * heads, num_new, head_dim)
         new_slots = slots.int().expand(batch * heads, -1)
@@ -189,9 +198,10 @@ class LayerCache(CacheLayerMixin):
         else:
             run = Run(k, v, new_slots, whole=True)
             self.num_real = [n + num_new for n in self.num_real]
-        if scored:
-            assert self.plan.keep is not None
-            run.score = self.plan.keep.first_score(run.k, KeepContext(run.slots.long(), heads, self.index))
+        if self.plan.keep and self.plan.scored:
+            run.score = self.plan.keep.first_score(run.k, KeepContext(run.slots.long(), heads, self.site.layer))
+        elif self.plan.scored:
+            run.score = torch.zeros_like(run.slots, dtype=torch.float32)
         return run
 
     def _ranks(self, num_queries: int, real: torch.Tensor | None, device: torch.device) -> torch.Tensor:
@@ -214,7 +224,7 @@ class LayerCache(CacheLayerMixin):
         else:  # padding may lie between the turns of a batch: count real tokens, not slots
             real_so_far = padding[:, : self.num_seen].long().cumsum(1)
             first = torch.searchsorted(real_so_far, (ranks + 2 - window).contiguous())
-        return first.repeat_interleave(self.shape.num_kv_heads, 0)
+        return first.repeat_interleave(self.site.num_kv_heads, 0)
 
     def _allowed(self, num_real: torch.Tensor) -> torch.Tensor:
         """Tokens that a row may hold after so many, sinks included; one beside the sinks at least."""
@@ -239,12 +249,35 @@ class LayerCache(CacheLayerMixin):
         return chunk
 
     def _attend_all(self, query: Query, chunk: Run, ranks: torch.Tensor | None) -> Partial:
-        looks: list[tuple[Segment, Query]] = [(segment, query) for segment in self._moving(chunk)]
-        if self.sink.width:
-            looks.insert(0, (self.sink, self._query_of_sinks(query, ranks)))
-        if not looks:
+        runs = {name: getattr(self, name) for name in self.runs} | {"chunk": chunk}
+        looks: list[tuple[Segment, Query]] = [
+            (run, self._query_of_sinks(query, ranks) if name == "sink" else query) for name, run in runs.items() if run.width
+        ]
+        partials = []
+        for part in self._parts(query, chunk):
+            partials.append(dispatch.attend([*looks, (part, query)]))
+            looks = []
+        if looks:
+            partials.append(dispatch.attend(looks))
+        if not partials:
             return Partial(torch.zeros_like(query.q), query.q.new_zeros(query.q.shape[:2]))
-        return dispatch.attend(looks)
+        return merge(partials)
+
+    def _parts(self, query: Query, chunk: Run) -> Iterator[Segment]:
+        """What a chunk reads of the blocks, part by part: those that a read stage chooses, from wherever they lie."""
+        if not self.body.width:
+            return
+        read, pool = self.plan.read, self.body.pool
+        columns = None
+        if read and len(query.slots) <= read.queries:
+            budget = torch.tensor([read.budget.tokens(n) for n in self.num_real], device=self.device)
+            dense = self.sink.counts() + self.recent.counts() + chunk.counts()
+            allowed = (budget.repeat_interleave(self.site.num_kv_heads) - dense) // pool.block
+            columns = read.choose(query.q, pool.table, pool.summary, allowed)
+        if columns is None and pool.in_one_place:
+            yield self.body
+        else:
+            yield from self.body.parts(columns)
 
     def _moving(self, chunk: Run) -> list[Segment]:
         """What a keep policy chooses from, oldest first."""
@@ -266,7 +299,16 @@ class LayerCache(CacheLayerMixin):
     def _settle(self, query: Query, chunk: Run, lse: torch.Tensor) -> None:
         if self.plan.keep is not None:
             chunk = self._evict(query, chunk, lse)
+        if self.plan.read and self.plan.read.scored:
+            q = query.q.view(query.q.shape[0], query.num_groups, len(query.slots), -1)
+            for run in (self.recent, chunk):
+                assert run.score is not None
+                run.score = self.plan.read.observe(run.score, run.k, run.slots.long(), q, query.slots)
         self._store(chunk)
+        if isinstance(self.body.pool, TieredPool):
+            runs = [getattr(self, name) for name in self.runs]
+            dense_bytes = sum(x.nbytes for run in runs for x in run.tensors().values())
+            self.body.pool.spill(self.num_real, self.sink.counts() + self.recent.counts(), dense_bytes)
 
     def _evict(self, query: Query, chunk: Run, lse: torch.Tensor) -> Run:
         """Lets the keep policy choose among all tokens but the sinks; returns what is left of the chunk."""
@@ -275,7 +317,7 @@ class LayerCache(CacheLayerMixin):
         if keep.scored:
             self._observe(query, chunk, lse)
         slots = torch.cat([self.body.slots(), self.recent.slots.long(), chunk.slots.long()], 1)
-        heads = self.shape.num_kv_heads
+        heads = self.site.num_kv_heads
         allowed = self._allowed(torch.tensor(self.num_real, device=slots.device)).repeat_interleave(heads)
         allowed = allowed - self.sink.counts()
         if not bool(((slots >= 0).sum(1) > allowed).any()):
@@ -285,7 +327,7 @@ class LayerCache(CacheLayerMixin):
             assert self.recent.score is not None
             assert chunk.score is not None
             score = torch.cat([self.body.score(), self.recent.score, chunk.score], 1)
-        rank = keep.rank(score, KeepContext(slots, heads, self.index))
+        rank = keep.rank(score, KeepContext(slots, heads, self.site.layer))
         pinned = latest(slots, [min(keep.recent.tokens(n), n) for n in allowed.tolist()])
         rank = rank.masked_fill(pinned, torch.inf).masked_fill(slots < 0, -torch.inf)
         stays = split_over_heads(rank, allowed, heads, keep.heads)
@@ -316,12 +358,12 @@ class LayerCache(CacheLayerMixin):
 
     def _store(self, chunk: Run) -> None:
         """New tokens join the recent ones; what is older than the dense window is encoded."""
-        if self.body.codec.unit == "token" and self.plan.window == 0:
+        if self.body.unit == "token" and self.plan.window == 0:
             self.body.append(chunk)
             self.body.tidy()
             return
         dense = join(self.recent, chunk)
-        unit = self.body.pool.block if self.body.codec.unit == "block" else 1
+        unit = self.body.pool.block if self.body.unit == "block" else 1
         if dense.width - self.plan.window < unit:  # nothing to encode in the longest row
             self.recent = dense.owned()
             return
@@ -336,10 +378,10 @@ class LayerCache(CacheLayerMixin):
         """How many tokens fit into this layer's part of a budget of bytes, everything counted."""
         keep = self.plan.keep
         assert keep is not None
-        head_dim, block = self.shape.head_dim, self.body.codec.block
-        rows = self.batch_size * self.shape.num_kv_heads * self.shape.num_layers
+        head_dim, block = self.site.head_dim, self.codec.block
+        rows = self.batch_size * self.site.num_kv_heads * self.site.num_layers
         per_block = self.body.block_bytes(head_dim)
-        num_dense = self.plan.sink + self.plan.window + (block - 1 if self.body.codec.unit == "block" else 0)
+        num_dense = self.plan.sink + self.plan.window + (block - 1 if self.codec.unit == "block" else 0)
         dense_bytes = num_dense * (2 * head_dim * self.dtype.itemsize + 4 + 4 * keep.scored)
         num_blocks = int((keep.budget.value / rows - dense_bytes) // per_block)
         if num_blocks < 1:
@@ -347,52 +389,25 @@ class LayerCache(CacheLayerMixin):
             raise PlanError(f"{keep.budget} is too little for this plan: it needs {least / 2**20:.1f}MiB at least")
         return self.plan.sink + num_blocks * block
 
-    # -- saving ----------------------------------------------------------------------------------------------------------
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """All that the layer holds, idle blocks left out: tensors by `segment.purpose`, and numbers, fit for JSON."""
-        numbers: dict[str, Any] = {"num_seen": self.num_seen, "num_real": self.num_real}
-        if not self.is_initialized:
-            return {}, numbers
-        segments = {"sink": self.sink.tensors(), "recent": self.recent.tensors(), "body": self.body.pool.state()}
-        tensors = {f"{name}.{part}": x for name, parts in segments.items() for part, x in parts.items()}
-        return tensors, numbers | {"starts": self.body.starts, "lengths": self.body.lengths}
-
-    def restore(
-        self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Takes over what `state` gave; the layer must be new and of the same plan. `dtype` is the model's."""
-        if not tensors:
-            return
-        batch, heads, head_dim = len(numbers["num_real"]), self.shape.num_kv_heads, self.shape.head_dim
-        none = torch.empty(batch, heads, 0, head_dim, dtype=dtype, device=device)
-        self.lazy_initialization(none, none)
-        self.num_seen, self.num_real = numbers["num_seen"], list(numbers["num_real"])
-        held = {name: part(name, tensors) for name in ("sink", "recent", "body")}
-        self.sink, self.recent = (
-            Run(run["k"], run["v"], run["slots"], run.get("score")) for run in (held["sink"], held["recent"])
-        )
-        self.body.restore(held["body"], numbers["starts"], list(numbers["lengths"]))
-
     # -- what is there ---------------------------------------------------------------------------------------------------
 
     @property
     def kernel(self) -> str:
         """The kernel that attends to the encoded tokens."""
-        if self.is_initialized:
-            return dispatch.kernel_name(self.body.codec, self.device.type)
-        return dispatch.kernel_name(self.plan.store.codec(self.shape.head_dim, torch.float32))
+        return dispatch.kernel_name(self.codec, self.device.type if self.is_initialized else "cpu")
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that the layer holds, named by its segment and purpose."""
         if self.is_initialized:
-            for name, segment in (("sink", self.sink), ("recent", self.recent), ("body", self.body.pool)):
-                for part, tensor in segment.tensors().items():
+            for name in self.runs:
+                for part, tensor in getattr(self, name).tensors().items():
                     yield f"{name}.{part}", tensor
+            for part, tensor in self.body.pool.tensors().items():
+                yield f"body.{part}", tensor
 
     def kept_slots(self) -> list[list[int]]:
         """For each row (sequence * KV heads + head) the slots of the tokens held, in order."""
         if not self.is_initialized:
             return []
-        slots = torch.cat([self.sink.slots.long(), self.body.slots(), self.recent.slots.long()], 1)
+        slots = torch.cat([*(getattr(self, name).slots.long() for name in self.runs), self.body.slots()], 1)
         return [sorted(s for s in row if s >= 0) for row in slots.tolist()]
