@@ -77,15 +77,24 @@ def test_hybrid_counts_only_the_layers_that_it_serves() -> None:
     assert stores == ["dense", "int4", "dense"]
 
 
+@pytest.mark.parametrize("kernel", ["reference", "compiled"])
 @pytest.mark.parametrize("plan", ["int8", "int4", "int2", "fp8", "kivi(int4)", "protect(sink=16, window=32) | int4", "mixed"])
-def test_attention_is_over_what_was_decoded(plan: str) -> None:
-    """The folded path through the whole model, against plain attention over decoded vectors."""
+def test_attention_is_over_what_was_decoded(plan: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folded path through the whole model, against plain attention over decoded vectors.
+
+    The compiled kernels may round queries (tests/rounding.py), which this model's sharp attention magnifies: the mean is bounded.
+    """
+    if kernel == "reference":
+        monkeypatch.setenv("KVFOLD_CPU", "off")
     model = sharp_model()
     cache = kvfold.cache(model, plan)
     oracle = Oracle.of(model, cache)
     ids, mask = left_pad([tokens(1, n, seed=n)[0] for n in (260, 181)])
     for mine, theirs in compare(model, cache, oracle, ids, mask, [150, 70, 1, 30, 1, 8], decoded=True):
-        torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=2e-4)
+        if kernel == "reference":
+            torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=2e-4)
+        else:
+            assert (mine - theirs).square().mean().sqrt() < 0.02 * theirs.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

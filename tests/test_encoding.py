@@ -1,6 +1,9 @@
 """Compiled quantizing and packing against the reference: the same fields, bit for bit."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -136,3 +139,27 @@ def test_what_is_not_known_is_left_to_the_reference() -> None:
 def test_wrong_input_is_refused(codec: Affine, x: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"x must be|can't be held"):
         encode(codec, x)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_threads_without_memory_raise() -> None:
+    """What a worker's allocation throws reaches the caller, and the next call works."""
+    code = """
+import resource, torch
+from pathlib import Path
+from kvfold.kernels.cpu.encode import encode
+from kvfold.store.affine import Affine
+torch.set_num_threads(2)
+codec = Affine(4, "channel", 64)
+small, large = torch.zeros(4, 64, 64), torch.zeros(4, 2**16, 64)
+encode(codec, small)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 24 * 2**20,) * 2)
+try:
+    encode(codec, large)
+except MemoryError:
+    encode(codec, small)
+    raise SystemExit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, env=dict(os.environ), check=False)
+    assert done.returncode == 7
