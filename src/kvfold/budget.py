@@ -66,6 +66,18 @@ class Budget:
         return max(1, tokens_in_bytes)
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a place below the device may hold: nothing, a budget, or all that is left (its bare name in a plan)."""
+
+    used: bool = False
+    limit: Budget | None = None
+
+    @staticmethod
+    def parse(text: str) -> "Room":
+        return Room(True, Budget.parse(text))
+
+
 def split_over_heads(scores: torch.Tensor, budget: torch.Tensor, num_heads: int, how: HeadSplit) -> torch.Tensor:
     """Which tokens stay, given their scores.
 

@@ -20,7 +20,7 @@ class Percent:
         """Reads `1%` or `0.5%`. Raises PlanError for anything else, and for more than 100%."""
         match = PERCENT.fullmatch(text.strip())
         if not match or float(match[1]) > 100:
-            raise PlanError(f"'{text}' is not a share: write a percentage up to 100%, as in 1%")
+            raise PlanError(f"'{text}' is not a share from 0% to 100%: write one as in 1%")
         return Percent(float(match[1]) / 100)
 
     def of(self, count: int) -> int:

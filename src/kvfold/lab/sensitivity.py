@@ -20,9 +20,9 @@ def sensitivity(
     chunk: int = 32,
     on_layer: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """For each layer the KL divergence, in nats a token, of a cache that holds it by `low` and the others by `high`.
+    """For each layer the KL divergence, in nats a token, of a cache with this layer by `low`, the others by `high`.
 
-    KVTuner (arXiv 2502.04420, section 4) finds that layers keep their order over texts. Layers with a sliding window don't count.
+    KVTuner (arXiv 2502.04420, section 4) finds that layers keep their order over texts. Those with a sliding window don't count.
 
     Args:
         ids: `[1, T] long`, the text; see `kvfold.lab.quality`.

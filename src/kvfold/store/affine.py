@@ -59,6 +59,11 @@ class Affine(TensorCodec):
     def _middle(self) -> float:
         return (2**self.bits - 1) / 2
 
+    @property
+    def nearest(self) -> bool:
+        """Whether log8 scales are rounded to the nearest: the ends of the range then move by less than half a step."""
+        return of.largest_clip(self.axis, self.scales) * (self._middle() if self.symmetric else 2 * self._middle()) < 0.5
+
     def encode(self, x: torch.Tensor) -> Fields:
         x = x.float()
         levels = 2**self.bits - 1
@@ -70,8 +75,7 @@ class Affine(TensorCodec):
         else:
             zero = of.half_below(low)
             step = (high - zero.float()) / levels
-        clipped_steps = of.largest_clip(self.axis, self.scales) * (self._middle() if self.symmetric else 2 * self._middle())
-        fields = of.store_scale(step.squeeze(over), self.axis, self.scales, nearest=clipped_steps < 0.5)
+        fields = of.store_scale(step.squeeze(over), self.axis, self.scales, nearest=self.nearest)
         if not self.symmetric:
             fields["zero"] = zero.squeeze(over)
         scale, start = (y.unsqueeze(over) for y in self._scale_zero(fields))

@@ -11,6 +11,7 @@ channel 2^(-c/24) of the block's largest scale, which is kept in half precision 
 2305.14314, section 3); per token 2^(12 - c/8), with nothing else to keep.
 """
 
+import functools
 from typing import Literal
 
 import torch
@@ -66,11 +67,10 @@ def store_scale(scale: torch.Tensor, axis: Axis, scales: Scales, *, nearest: boo
 
 def load_scale(fields: Fields, axis: Axis, scales: Scales) -> torch.Tensor:
     """What `store_scale` stored, in float32."""
-    scale = fields["scale"].float()
     if scales == "half":
-        return scale
+        return fields["scale"].float()
     largest = fields["base"].float().unsqueeze(-1) if "base" in fields else LARGEST_OF_TOKEN
-    return (scale / -PER_OCTAVE[axis]).exp2() * largest
+    return scale_grid(axis).to(fields["scale"].device)[fields["scale"].int()] * largest
 
 
 def largest_clip(axis: Axis, scales: Scales) -> float:
@@ -79,10 +79,22 @@ def largest_clip(axis: Axis, scales: Scales) -> float:
 
 
 def _log_codes(scale: torch.Tensor, largest: torch.Tensor, axis: Axis, nearest: bool) -> torch.Tensor:
-    codes = (largest / scale.clamp_min(_TINY / 256)).log2() * PER_OCTAVE[axis]
-    # 'Above' is a little more than the floor, against the rounding of the logarithm.
-    codes = codes.round() if nearest else (codes - 1e-3).floor()
-    return codes.clamp(0, 255).to(torch.uint8)
+    bounds = scale_bounds(axis, nearest).to(scale.device)
+    return torch.bucketize(largest / scale.clamp_min(_TINY / 256), bounds, right=True).to(torch.uint8)
+
+
+@functools.cache
+def scale_grid(axis: Axis) -> torch.Tensor:
+    """`[256] float32`: what each `log8` code is of the largest scale; a table, so that all kernels have the same bits."""
+    return (torch.arange(256, dtype=torch.float64) / -PER_OCTAVE[axis]).exp2().float()
+
+
+@functools.cache
+def scale_bounds(axis: Axis, nearest: bool) -> torch.Tensor:
+    """`[255] float32`, rising: the `log8` code of a scale is how many of these `largest / scale` is not below."""
+    # Nearest, or above: that is a little more than whole steps, against the rounding of the ratio.
+    above = 0.5 if nearest else 1 + 1e-3
+    return ((torch.arange(255, dtype=torch.float64) + above) / PER_OCTAVE[axis]).exp2().float()
 
 
 def half(x: torch.Tensor) -> torch.Tensor:
