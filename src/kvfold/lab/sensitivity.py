@@ -22,7 +22,7 @@ def sensitivity(
 ) -> list[float]:
     """For each layer the KL divergence, in nats a token, of a cache with this layer by `low`, the others by `high`.
 
-    KVTuner (arXiv 2502.04420, section 4) finds that layers keep their order over texts. Those with a sliding window don't count.
+    KVTuner (arXiv 2502.04420, section 4) finds that layers keep their order over texts. Sliding windows are left out.
 
     Args:
         ids: `[1, T] long`, the text; see `kvfold.lab.quality`.
