@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from kvfold import positions
 from kvfold.attention import dispatch
 from kvfold.attention.reference import Partial, Query, merge
 from kvfold.blocks import Blocks
@@ -43,6 +44,8 @@ class LayerCache(CacheLayerMixin):
         super().__init__()
         self.site, self.plan, self._new_pool = site, plan, pool
         self.codec = plan.store.codec(site)
+        if self.codec.positional and plan.read:
+            raise PlanError(f"'{plan.read.name}' writes whole blocks, and '{plan.store.name}' encodes token by token")
         self.rope = site.model.rope() if plan.keep and plan.keep.reindex and site.model else None
         self.is_croppable = plan.keep is None
         self.num_seen = 0
@@ -143,7 +146,13 @@ class LayerCache(CacheLayerMixin):
     # -- attention -------------------------------------------------------------------------------------------------------
 
     def attend(
-        self, handle: Handle, q: torch.Tensor, padding: torch.Tensor | None, scaling: float, softcap: float | None
+        self,
+        handle: Handle,
+        q: torch.Tensor,
+        padding: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of a chunk over everything held and over itself; then the plan is applied to the chunk.
 
@@ -152,6 +161,7 @@ class LayerCache(CacheLayerMixin):
             padding: `[B, seen] bool`, False for padding, or None.
             scaling: what scores are multiplied with.
             softcap: Gemma 2's cap of the scores, or None.
+            position_ids: `[B or 1, Q] long`, where RoPE has turned queries and keys to, or None where it is not known.
 
         Returns:
             `[B, Q, Hq, D]`, in the type of q.
@@ -163,7 +173,9 @@ class LayerCache(CacheLayerMixin):
         slots = torch.arange(first, self.num_seen, device=q.device)
         real = None if padding is None else padding[:, first : self.num_seen]
         chunk = self._chunk(handle, slots, real)
-        ranks = self._ranks(num_queries, real, q.device) if self.plan.keep else None
+        ranks = self._ranks(num_queries, real, q.device) if self.plan.keep or self.codec.positional else None
+        if self.codec.positional:
+            positions.check(position_ids, ranks, real)
         query = Query(
             q=(q.float() * scaling).reshape(rows, groups * num_queries, head_dim),
             slots=slots,
@@ -177,7 +189,7 @@ class LayerCache(CacheLayerMixin):
         if real is not None:  # padding asks nothing: no token gains by its queries
             asks = real.repeat_interleave(heads, 0).repeat(1, groups)
             lse = lse.masked_fill(~asks, torch.inf)
-        self._settle(query, chunk, lse)
+        self._settle(query, chunk, lse, padding)
         out = result.out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
         return out.transpose(1, 2).to(q.dtype)
 
@@ -287,7 +299,7 @@ class LayerCache(CacheLayerMixin):
 
     # -- applying the plan -----------------------------------------------------------------------------------------------
 
-    def _settle(self, query: Query, chunk: Run, lse: torch.Tensor) -> None:
+    def _settle(self, query: Query, chunk: Run, lse: torch.Tensor, padding: torch.Tensor | None) -> None:
         if self.plan.keep is not None:
             chunk = self._evict(query, chunk, lse)
         if self.plan.read and self.plan.read.scored:
@@ -295,7 +307,7 @@ class LayerCache(CacheLayerMixin):
             for run in (self.recent, chunk):
                 assert run.score is not None
                 run.score = self.plan.read.observe(run.score, run.k, run.slots.long(), q, query.slots)
-        self._store(chunk)
+        self._store(chunk, padding)
         self.body.pool.spill(self.num_real, self.sink, self.recent)
 
     def _evict(self, query: Query, chunk: Run, lse: torch.Tensor) -> Run:
@@ -344,10 +356,10 @@ class LayerCache(CacheLayerMixin):
                 assert segment.score is not None
                 segment.score = keep.update(segment.score, mass, num_queries)
 
-    def _store(self, chunk: Run) -> None:
+    def _store(self, chunk: Run, padding: torch.Tensor | None) -> None:
         """New tokens join the recent ones; what is older than the dense window is encoded."""
         if self.body.unit == "token" and self.plan.window == 0:
-            self.body.append(chunk)
+            self.body.append(chunk, self._positions(chunk, padding))
             self.body.tidy()
             return
         dense = join(self.recent, chunk)
@@ -358,22 +370,26 @@ class LayerCache(CacheLayerMixin):
         excess = (dense.counts() - self.plan.window).clamp_min(0) // unit * unit
         if bool((excess > 0).any()):
             old, dense = dense.split(excess)
-            self.body.append(old)
+            self.body.append(old, self._positions(old, padding))
             self.body.tidy()
         self.recent = dense.owned()
+
+    def _positions(self, run: Run, padding: torch.Tensor | None) -> torch.Tensor | None:
+        return positions.of(run.slots, padding, self.site.num_kv_heads) if self.codec.positional else None
 
     def _tokens_in_bytes(self) -> int:
         """How many tokens fit into this layer's part of a budget of bytes, everything counted."""
         keep = self.plan.keep
         assert keep is not None
         head_dim, block = self.site.head_dim, self.codec.block
-        rows = self.batch_size * self.site.num_kv_heads * self.site.num_layers
+        rows = self.batch_size * self.site.num_kv_heads
+        in_layer = keep.budget.value / self.site.num_layers - sum(x.nbytes for x in self.codec.constants().values())
         per_block = self.body.block_bytes(head_dim)
         num_dense = self.plan.sink + self.plan.window + (block - 1 if self.codec.unit == "block" else 0)
         dense_bytes = num_dense * (2 * head_dim * self.dtype.itemsize + 4 + 4 * keep.scored)
-        num_blocks = int((keep.budget.value / rows - dense_bytes) // per_block)
+        num_blocks = int((in_layer / rows - dense_bytes) // per_block)
         if num_blocks < 1:
-            least = (dense_bytes + per_block) * rows
+            least = keep.budget.value + ((dense_bytes + per_block) * rows - in_layer) * self.site.num_layers
             raise PlanError(f"{keep.budget} is too little for this plan: it needs {least / 2**20:.1f}MiB at least")
         return self.plan.sink + num_blocks * block
 
@@ -386,6 +402,8 @@ class LayerCache(CacheLayerMixin):
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that the layer holds, named by its segment and purpose."""
+        for name, tensor in self.codec.constants().items():
+            yield f"codec.{name}", tensor
         if self.is_initialized:
             for name, segment in [*((run, getattr(self, run)) for run in self.runs), ("body", self.body.pool)]:
                 for part, tensor in segment.tensors().items():
