@@ -1,5 +1,6 @@
 """The cache of a model: its layers, its bytes."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -46,11 +47,27 @@ class KVCache(Cache):
         """Bytes by layer and component."""
         return Memory.of(self)
 
+    def copy(self) -> "KVCache":
+        """Another cache of the same tokens, in memory of its own: each can go on without the other."""
+        return KVCache(self.plan, [_copied(layer) for layer in self.layers], self.fingerprint)
+
     def save(self, path: Any) -> None:
         """Writes the cache to a file. See `kvfold.persist`."""
         from kvfold.persist import save
 
         save(self, path)
+
+
+def _copied(layer: LayerCache | DynamicSlidingWindowLayer) -> LayerCache | DynamicSlidingWindowLayer:
+    if not isinstance(layer, LayerCache):
+        return copy.deepcopy(layer)
+    twin = copy.copy(layer)
+    twin.reset()
+    if layer.is_initialized:
+        tensors, numbers = layer.state()
+        own = {name: tensor.clone() for name, tensor in tensors.items()}
+        twin.restore(own, copy.deepcopy(numbers), layer.dtype, layer.device)
+    return twin
 
 
 @dataclass(frozen=True)
