@@ -4,6 +4,8 @@ Items come first and plans within: the full cache's predictions for an item's an
 answer it. Each answer is on disk as soon as it is there; what is there is not asked again.
 """
 
+import contextlib
+import io
 import itertools
 import json
 import time
@@ -51,12 +53,13 @@ def build_questions(evaluation: Evaluation, tasks: Sequence[EvalTask], lm: Kvfol
     questions = []
     for task in tasks:
         try:
-            task.task.build_all_requests(
-                limit=limits[task.name],
-                apply_chat_template=evaluation.chat_template,
-                chat_template=lm.apply_chat_template if evaluation.chat_template else None,
-                tokenizer_name=lm.tokenizer_name,
-            )
+            with contextlib.redirect_stderr(io.StringIO()):  # its progress bar asks nobody
+                task.task.build_all_requests(
+                    limit=limits[task.name],
+                    apply_chat_template=evaluation.chat_template,
+                    chat_template=lm.apply_chat_template if evaluation.chat_template else None,
+                    tokenizer_name=lm.tokenizer_name,
+                )
             questions += [_question(task, doc_id, requests, lm) for doc_id, requests in task.items().items()]
         except KvfoldError as error:
             raise KvfoldError(f"{task.name}: {error}") from error

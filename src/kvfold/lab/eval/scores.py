@@ -118,7 +118,7 @@ def scores_of(
                 "strategy": names.get(plan, plan),
                 "plan": plan,
                 "num_items": len(items),
-                "setting": asdict(setting),
+                "setting": json.loads(json.dumps(asdict(setting))),  # as it is read again
             }
             found = _measured(values, theirs, aggregate, setting.seed) | _costs(items, setting.seed)
             scores.append(Score(**shared, **found, by=_by(items, values)))
