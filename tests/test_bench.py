@@ -319,7 +319,8 @@ def test_a_full_disk_loses_nothing(wanted: Bench, counting) -> None:
 
 
 def _setting_in(folder: Path):
-    from kvfold.lab.results import SETTING, Setting
+    from kvfold.lab.journal import SETTING
+    from kvfold.lab.results import Setting
 
     return Setting(**json.loads((folder / SETTING).read_text()))
 
