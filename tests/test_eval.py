@@ -257,8 +257,6 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, folder: Path,
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    if "--again" in arguments:
-        kept = tmp_path / "out.1" / ITEMS
     assert kept.read_text() == before
 
 

@@ -49,13 +49,12 @@ class Question:
 
 def build_questions(evaluation: Evaluation, tasks: Sequence[EvalTask], lm: KvfoldLM) -> list[Question]:
     """All questions of all tasks, each known to fit the model."""
-    limits = _limits(evaluation, tasks)
-    questions = []
+    questions: list[Question] = []
     for task in tasks:
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # its progress bar asks nobody
                 task.task.build_all_requests(
-                    limit=limits[task.name],
+                    limit=evaluation.tasks[task.asked],
                     apply_chat_template=evaluation.chat_template,
                     chat_template=lm.apply_chat_template if evaluation.chat_template else None,
                     tokenizer_name=lm.tokenizer_name,
@@ -64,12 +63,6 @@ def build_questions(evaluation: Evaluation, tasks: Sequence[EvalTask], lm: Kvfol
         except KvfoldError as error:
             raise KvfoldError(f"{task.name}: {error}") from error
     return questions
-
-
-def _limits(evaluation: Evaluation, tasks: Sequence[EvalTask]) -> Mapping[str, int | None]:
-    """How many items of each task; a group's number holds for every task in it."""
-    whole = next(iter(evaluation.tasks.values())) if len(set(evaluation.tasks.values())) == 1 else None
-    return {task.name: evaluation.tasks.get(task.name, whole) for task in tasks}
 
 
 def _question(task: EvalTask, doc_id: int, requests: list[Instance], lm: KvfoldLM) -> Question:
@@ -108,17 +101,18 @@ class Asking:
                 needed = plan in open_plans or (plan == FULL and references is not None and open_plans != [FULL])
                 if needed and plan not in self.failures:
                     self._guarded(plan, questions, references)
-            for lm in self.models.values():
-                lm.answerer.forget()
+                    self.models[plan].answerer.forget()
         return self.failures
 
     def _blocks(self) -> Iterator[list[Question]]:
-        """Questions of one task that are generated from at once."""
+        """Questions of one task that are generated from at once; one where nothing is generated."""
         for _, group in itertools.groupby(self.questions, key=lambda question: question.task.name):
             rest = list(group)
+            generates = any(request.request_type == "generate_until" for request in rest[0].requests)
+            size = self.evaluation.batch_size if generates else 1
             while rest:
-                yield rest[: self.evaluation.batch_size]
-                rest = rest[self.evaluation.batch_size :]
+                yield rest[:size]
+                rest = rest[size:]
 
     def _open_plans(self, questions: Sequence[Question]) -> list[str]:
         """The plans that have not answered all of the questions."""
@@ -191,9 +185,10 @@ class Asking:
             else:
                 comparison = Comparison(references[question.doc_id])
                 watch = comparison.add
+        timed = _Timed(watch) if watch else None
         start = time.perf_counter()
-        responses = self._responses(lm, question, generated[0], watch)
-        seconds += time.perf_counter() - start
+        responses = self._responses(lm, question, generated[0], timed)
+        seconds += time.perf_counter() - start - (timed.seconds if timed else 0.0)
         if watch is not None:
             full = answer_tokens if plan == FULL else self._full_tokens(question)
             self._after_generated(lm, question, full, watch)
@@ -262,6 +257,18 @@ class Asking:
         shown = f"{value:g}" if isinstance(value, int | float) else ""
         text = f"{item.task} #{item.doc_id} {item.plan}: {metric.removesuffix(',none')} {shown} {item.seconds:.1f} s"
         self.on_update(EvalUpdate(self.work_done / self.work, left, " ".join(text.split())))
+
+
+class _Timed:
+    """A watch that knows how long it took, so that comparing does not count as answering."""
+
+    def __init__(self, watch: Watch):
+        self.watch, self.seconds = watch, 0.0
+
+    def __call__(self, log_probs: torch.Tensor) -> None:
+        start = time.perf_counter()
+        self.watch(log_probs)
+        self.seconds += time.perf_counter() - start
 
 
 def _metrics(question: Question, responses: Sequence[Any]) -> dict[str, Any]:

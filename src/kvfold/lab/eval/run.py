@@ -39,9 +39,6 @@ def run(evaluation: Evaluation, on_update: Callable[[EvalUpdate], None] = lambda
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    if evaluation.again:
-        put_aside(evaluation.out)
-    make_folder(evaluation.out)
     if evaluation.threads:
         torch.set_num_threads(evaluation.threads)
     model, tokenizer = load(evaluation.model, dtype=evaluation.dtype, device=evaluation.device)
@@ -59,10 +56,12 @@ def run(evaluation: Evaluation, on_update: Callable[[EvalUpdate], None] = lambda
         )
         for plan in plans
     }
-    setting = _setting(evaluation, source_of(model))
-    items = Items(evaluation.out, setting)
     tasks = make(list(evaluation.tasks), Making(tokenizer, evaluation.lengths, evaluation.seed))
     questions = build_questions(evaluation, tasks, models[FULL])
+    if evaluation.again:  # not before all input is known to be good
+        put_aside(evaluation.out)
+    setting = _setting(evaluation, source_of(model))
+    items = Items(make_folder(evaluation.out), setting)
     failures: dict[str, str] = {}
     try:
         failures = Asking(evaluation, models, items, questions, on_update).run()
@@ -80,11 +79,8 @@ def _scored(
         asked = list(group)
         task = asked[0].task
         found = {plan: items.of(task.name, plan, [(q.doc_id, q.prompt) for q in asked]) for plan in plans}
-        common = (
-            set.intersection(*({item.doc_id for item in own} for own in found.values() if own))
-            if any(found.values())
-            else set()
-        )
+        answered = [{item.doc_id for item in own} for own in found.values() if own]
+        common = set.intersection(*answered) if answered else set()
         paired = {plan: [item for item in own if item.doc_id in common] for plan, own in found.items()}
         known = TaskFacts(task.name, task.version, task.local, task.task.aggregation(), task.task.higher_is_better())
         scores += scores_of(known, paired, plans, setting)

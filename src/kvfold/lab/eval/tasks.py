@@ -41,11 +41,13 @@ class EvalTask:
     """A task that is ready to be asked.
 
     Attributes:
-        task: the harness' object, its requests built.
+        asked: the name that it was asked for by: its own, or that of a group.
+        task: the harness' object.
         local: whether its data is a local set, whose scores are not the official ones.
     """
 
     name: str
+    asked: str
     task: Task
     local: bool
 
@@ -83,7 +85,7 @@ def wanted(words: Sequence[str]) -> dict[str, int | None]:
 
 
 def make(names: Sequence[str], making: Making) -> list[EvalTask]:
-    """The tasks of these names, without requests yet.
+    """The tasks of these names, each once, without requests yet.
 
     Raises:
         KvfoldError: a task is unknown, or needs the hub, which is not reached.
@@ -91,13 +93,12 @@ def make(names: Sequence[str], making: Making) -> list[EvalTask]:
     """
     official = [name for name in names if name not in LOCAL_TASKS]
     known = _official(official, making) if official else {}
-    tasks: list[EvalTask] = []
+    tasks: dict[str, EvalTask] = {}
     for name in names:
-        if name in LOCAL_TASKS:
-            tasks.append(EvalTask(name, LOCAL_TASKS[name].make(making), local=True))
-        else:
-            tasks += [EvalTask(task.task_name, task, local=False) for task in known[name]]
-    return tasks
+        local = name in LOCAL_TASKS
+        for task in [LOCAL_TASKS[name].make(making)] if local else known[name]:
+            tasks.setdefault(task.task_name, EvalTask(task.task_name, name, task, local))
+    return list(tasks.values())
 
 
 def _official(names: Sequence[str], making: Making) -> dict[str, list[Task]]:
