@@ -22,10 +22,10 @@ class Calibration:
 
     Attributes:
         k_origin, v_origin: `[L, Hkv, D] float32`, the mean key and value.
-        k_basis, v_basis: `[L, Hkv, D, D] float32`: column c makes coordinate c, which has variance 1 and is uncorrelated with the
-            others, in the tokens it was made of.
-        k_loss, v_loss: `[L, D] float32`, by the same order: what is lost (in nats a predicted token, summed over heads) where
-            coordinate c is left out in every token, to second order.
+        k_basis, v_basis: `[L, Hkv, D, D] float32`: column c makes coordinate c, which has variance 1 and is uncorrelated with
+            the others, in the tokens it was made of.
+        k_loss, v_loss: `[L, D] float32`, by the same order: what is lost where coordinate c is left out in every token, summed
+            over heads, up to a factor that all have in common.
     """
 
     k_origin: torch.Tensor

@@ -1,8 +1,8 @@
 """Coordinates in which a layer holds its keys and values: a basis and an origin for each KV head.
 
-Attention does not change with them. With k' = (k - m) E and q' = q E^-T, q' · k' = q · k - q · m, and what is missing is the same
-for every token, so that the softmax does not see it. With v' = (v - m) E, Σ p_t v_t = (Σ p_t v'_t) E^-1 + m, as Σ p_t = 1. What
-is done to queries and outputs costs D² multiplications a head, however long the context.
+Attention does not change with them. With k' = (k - m) E and q' = q E^-T, q' · k' = q · k - q · m, and what is missing is the
+same for every token, so that the softmax does not see it. With v' = (v - m) E, Σ p_t v_t = (Σ p_t v'_t) E^-1 + m, as Σ p_t = 1.
+What is done to queries and outputs costs D² multiplications a head, however long the context.
 
 A frame belongs to the model, as its weights do: it holds nothing of the tokens.
 """
@@ -33,9 +33,7 @@ class Frame:
     def of(k_origin: torch.Tensor, k_basis: torch.Tensor, v_origin: torch.Tensor, v_basis: torch.Tensor) -> "Frame":
         """From origins `[Hkv, D]` and bases `[Hkv, D, D]`. torch.linalg.LinAlgError when a basis has no inverse."""
         k_inverse, v_inverse = (torch.linalg.inv(basis.double()).float() for basis in (k_basis, v_basis))
-        return Frame(
-            k_origin.float(), k_basis.float(), k_inverse.mT.contiguous(), v_origin.float(), v_basis.float(), v_inverse
-        )
+        return Frame(k_origin.float(), k_basis.float(), k_inverse.mT.contiguous(), v_origin.float(), v_basis.float(), v_inverse)
 
     @property
     def nbytes(self) -> int:

@@ -41,7 +41,9 @@ class LayerCache(CacheLayerMixin):
         self.codec, self.frame = plan.store.codec(site), plan.store.frame(site)
         self.rope = site.model.rope() if plan.keep and plan.keep.reindex and site.model else None
         if self.frame and self.rope:
-            raise PlanError(f"'{plan.store.name}' holds keys in other coordinates, in which they can't be re-indexed: add reindex=false")
+            raise PlanError(
+                f"'{plan.store.name}' holds keys in other coordinates, in which they can't be re-indexed: add reindex=false"
+            )
         self.is_croppable = plan.keep is None
         self.num_seen = 0
         self.num_real: list[int] = []  # tokens seen that are not padding, for each sequence

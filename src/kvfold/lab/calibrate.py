@@ -1,17 +1,17 @@
 """Makes a model's calibration from text: coordinates in which codes lose least.
 
-For each head, C is the covariance of keys (around the mean of each 64 tokens, as offsets are taken off) or values, and F says what
-an error costs: the expected KL divergence of the predictions from an error e is e^T F e / 2 to second order, F the Fisher
-information. Of W = F^{1/2} C F^{1/2} = U Λ U^T come the coordinates x F^{1/2} U, in which errors count alike and which are
+For each head, C is the covariance of keys or values around the mean of each 64 tokens, as offsets are taken off, and F says
+what an error costs: the expected KL divergence of the predictions from an error e is e^T F e / 2 to second order, F the Fisher
+information. Of F^{1/2} C F^{1/2} = U Λ U^T come the coordinates x F^{1/2} U, in which errors count alike and which are
 uncorrelated, with variances Λ.
 
-The Fisher information is the covariance of the gradient of log p(y), y drawn from the model's own predictions. Errors of many tokens
-add up as queries do, so that with p the probabilities, dp their gradients and D the output's gradient
+The Fisher information is the covariance of the gradient of log p(y), y drawn from the model's own predictions. Taking the
+errors of tokens as independent, with p the probabilities, dp their gradients and D the output's gradient,
 
     F_v = Σ_q (Σ_t p_qt²) D_q D_q^T             F_k = Σ_q (Σ_t ds_qt²) q q^T,  ds_qt = p_qt (dp_qt - Σ_u p_qu dp_qu)
 
-summed over the query heads of a group. That is far less noisy than the covariance of the gradients of keys and values themselves, which
-a handful of tokens makes up: those bases cost three times as much on text that they were not made of.
+summed over the query heads of a group. That is far less noisy than the covariance of the gradients of keys and values
+themselves, which a handful of tokens makes up (docs/log.md).
 """
 
 import math
@@ -56,7 +56,6 @@ class _Sums:
 
     num: int
     x: torch.Tensor
-    xx: torch.Tensor
     within: torch.Tensor
     loss: torch.Tensor
 
@@ -71,7 +70,7 @@ def calibrate(
 
     Args:
         model: in float32; it is used as it is and left as it was.
-        texts: ids, `[T] long` each, all with at least 256 tokens; not those that plans will be judged by. About eight of 1500 tokens.
+        texts: ids, `[T] long` each, of 256 tokens or more; not those that plans will be judged by. Eight of 1500 are plenty.
         seed: of the tokens that are drawn from the model's predictions.
         on_text: called after each text with the share that is done.
 
@@ -95,7 +94,7 @@ def calibrate(
                 _add(sums, index, layer)
         if on_text:
             on_text(done / len(texts))
-    sides = {name: [_coordinates(sums[i, name], name == "k") for i in served] for name in ("k", "v")}
+    sides = {name: [_coordinates(sums[i, name]) for i in served] for name in ("k", "v")}
     named = {}
     for name, layers in sides.items():
         for part, tensors in zip(("origin", "basis", "loss"), zip(*layers, strict=True), strict=True):
@@ -161,11 +160,9 @@ def _add(sums: dict[tuple[int, str], _Sums], index: int, layer: _Layer) -> None:
         num = (x.shape[1] - _SINKS) // _BLOCK * _BLOCK
         x = x[:, _SINKS : _SINKS + num].double()
         inside = (x.unflatten(1, (-1, _BLOCK)) - x.unflatten(1, (-1, _BLOCK)).mean(2, keepdim=True)).flatten(1, 2)
-        new = _Sums(num, x.sum(1), x.mT @ x, inside.mT @ inside, loss.double())
+        new = _Sums(num, x.sum(1), inside.mT @ inside, loss.double())
         if old := sums.get((index, name)):
-            new = _Sums(
-                old.num + new.num, old.x + new.x, old.xx + new.xx, old.within + new.within, old.loss + new.loss
-            )
+            new = _Sums(old.num + new.num, old.x + new.x, old.within + new.within, old.loss + new.loss)
         sums[index, name] = new
 
 
@@ -187,10 +184,10 @@ def _losses(layer: _Layer) -> tuple[torch.Tensor, torch.Tensor]:
     return k_loss, v_loss
 
 
-def _coordinates(sums: _Sums, around_blocks: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _coordinates(sums: _Sums) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Origin `[Hkv, D]`, basis `[Hkv, D, D]` and loss `[D]` of K or V of a layer."""
     origin = sums.x / sums.num
-    covariance = sums.within / sums.num if around_blocks else sums.xx / sums.num - origin[:, :, None] * origin[:, None]
+    covariance = sums.within / sums.num
     fisher = sums.loss / sums.num
     eye = torch.eye(fisher.shape[-1], dtype=fisher.dtype, device=fisher.device)
     fisher = fisher + _REGULAR * fisher.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-30) * eye

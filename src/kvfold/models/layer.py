@@ -78,9 +78,11 @@ def head_dim_of(config: Any) -> int:
 def calibration_path(model: PreTrainedModel) -> Path:
     """Where the calibration of a model lies, made or not.
 
-    Its name has a hash of 16 numbers of every weight, rounded to bfloat16, so that it is the same in each type that the model is
-    loaded in.
+    Its name has a hash of 16 numbers of every weight, rounded to bfloat16, so that it is the same in each type that the model
+    is loaded in.
     """
-    samples = [p.detach().flatten()[:: max(1, p.numel() // 16)][:16].bfloat16().float() for p in model.parameters() if p.numel()]
+    samples = [
+        p.detach().flatten()[:: max(1, p.numel() // 16)][:16].bfloat16().float() for p in model.parameters() if p.numel()
+    ]
     mark = hashlib.sha256(torch.cat(samples).cpu().numpy().tobytes()).hexdigest()[:16]
     return cache_folder() / f"calibration-{mark}.safetensors"

@@ -1,20 +1,19 @@
 """`banded(2.25)`: as many bits an element as asked for, where they do most good; calibrated, the best quality per byte here.
 
-With `calibrated=true` a layer's tokens are held in coordinates that `kvfold calibrate` made for this very model: uncorrelated, and
-weighted by what an error costs (Cov of keys and values, and the Fisher information of the model's predictions about them). Bits go
-to layers, to K or V, and to coordinates by reverse water-filling (kvfold.store.allocation), the codes are those of
-kvfold.store.bands. It is transform coding, as in KVTC (arXiv 2511.01815), but of a cache that is attended to as it lies.
+With `calibrated=true` a layer's tokens are held in coordinates that `kvfold calibrate` made for this very model: uncorrelated,
+and weighted by what an error costs (kvfold.lab.calibrate). Bits go to layers, to K or V, and to coordinates by reverse
+water-filling (kvfold.store.allocation), the codes are those of kvfold.store.bands. It is transform coding, as in KVTC
+(arXiv 2511.01815), but of a cache that is attended to as it lies.
 
 Without a calibration every channel of K has the same bits, every one of V the same or one fewer, and V is rotated: nothing is
 known of the model then but that a few entries of K stand out.
 
-Differs from KVTC in that keys keep their rotary positions, coordinates are weighted by the loss and not by the error alone, bases
-are one for each head, and codes have fixed lengths, so that attention reads them as they are.
+Differs from KVTC in that keys keep their rotary positions, coordinates are weighted by the loss and not by the error alone,
+bases are one for each head, and codes have fixed lengths, so that attention reads them as they are.
 """
 
 from dataclasses import dataclass
 from typing import Literal
-
 
 from kvfold.calibration import Calibration
 from kvfold.errors import PlanError
@@ -22,7 +21,7 @@ from kvfold.frame import Frame
 from kvfold.registry import register
 from kvfold.site import Site
 from kvfold.store.allocation import allocate, even
-from kvfold.store.bands import BAND, ChannelBands, TokenBands
+from kvfold.store.bands import Bands
 from kvfold.store.base import KVCodec, Store
 from kvfold.store.rotation import Rotated
 
@@ -42,7 +41,7 @@ class Banded(Store):
 
     bits: Bits = "2.25"
     calibrated: bool = False
-    outliers: int = 8
+    outliers: int = 4
     sink: int = 4
     window: int = 0
 
@@ -51,15 +50,13 @@ class Banded(Store):
             raise PlanError(f"banded: outliers={self.outliers} is more than one a token; write 64 or fewer")
 
     def codec(self, site: Site) -> KVCodec:
-        if site.head_dim % BAND:
-            raise PlanError(f"'banded' takes head dims that are multiples of {BAND}, not {site.head_dim}")
         if not self.calibrated:
             k, v = even(site.head_dim, float(self.bits), self.outliers)
-            by_token = TokenBands((v,) * site.head_dim)
-            return KVCodec(ChannelBands((k,) * site.head_dim, self.outliers), Rotated(by_token, site.head_dim))
+            rotated = Rotated(Bands((v,) * site.head_dim), site.head_dim)
+            return KVCodec(Bands((k,) * site.head_dim, self.outliers, exact_zeros=True), rotated)
         known = self._calibration(site)
         k_bits, v_bits = allocate(known.k_loss, known.v_loss, float(self.bits), self.outliers)[site.layer]
-        return KVCodec(ChannelBands(k_bits, self.outliers), TokenBands(v_bits))
+        return KVCodec(Bands(k_bits, self.outliers), Bands(v_bits))
 
     def frame(self, site: Site) -> Frame | None:
         return self._calibration(site).frame(site.layer) if self.calibrated else None

@@ -1,24 +1,23 @@
 """Bands: channels differ in the number of their bits, from none to six.
 
-Transform coding: in coordinates where channels are uncorrelated and an error in one is as bad as in another, the least error at a
-given rate gives a channel of variance λ about log2(λ) / 2 more bits than one of variance 1, and none to those below a threshold
-(reverse water-filling; Cover and Thomas, Elements of Information Theory, section 10.3.3). KVTC (arXiv 2511.01815) does this for
-caches at rest, KVTuner (arXiv 2502.04420) chooses bits by layer. Levels are those of Lloyd and Max for a normal distribution.
+Transform coding: in coordinates where channels are uncorrelated and an error in one is as bad as in another, the least error
+at a given rate gives a channel of variance λ about log2(λ) / 2 more bits than one of variance 1, and none to those below a
+threshold (reverse water-filling; Cover and Thomas, Elements of Information Theory, section 10.3.3). KVTC (arXiv 2511.01815)
+does this for caches at rest, KVTuner (arXiv 2502.04420) chooses bits by layer. Levels are those of Lloyd and Max for a normal
+distribution.
 
-Channels are ordered, so that those with the same bits form a band: a line of b-bit codes into a table of 2^b levels. Folded, for a
-query q and probabilities p (l: levels of the codes):
+Channels are ordered, so that those with the same bits form a band: lines of b-bit codes into a table of 2^b levels. Folded, for
+a query q and probabilities p (l: levels of the codes):
 
-    K, per channel and block    q · x_t ≈ (q ∘ s) · l_t + q · z + Σ_j q_dj r_j [t = t_j]
-    V, per token                Σ p_t x_t ≈ Σ (p_t g_t) l_t
+    q · x_t ≈ (q ∘ s) · l_t + q · z + Σ_j q_dj r_j [t = t_j]        Σ p_t x_t ≈ s ∘ Σ p_t l_t + z Σ p_t + Σ_j p_tj r_j e_dj
 
 K has a few tokens that nearly everything looks at (" the" near the start of a text, in SmolLM2), and these stand far outside in
-one or two channels. The `outliers` entries of a block with the largest weighted errors are therefore mended: r_j is the error
-itself, in half precision, at its place; a handful for each 64 tokens, in all 32 bits each.
+one or two channels. The entries of a block with the largest weighted errors are therefore mended: r_j is the error itself, in
+half precision, at token t_j and channel d_j; a handful for each 64 tokens, 32 bits each.
 """
 
 import functools
 import itertools
-from abc import abstractmethod
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -29,8 +28,6 @@ from kvfold.store.base import Fields, TensorCodec
 from kvfold.store.pack import pack, unpack
 
 MOST_BITS = 6
-BAND = 8
-"""Channels of V's bands are counted in eights, so that the codes of a token fill whole bytes."""
 
 _PER_OCTAVE = 8.0
 _MIDDLE = 128.0
@@ -38,10 +35,25 @@ _ZERO_STEPS = 16.0
 
 
 @dataclass(frozen=True)
-class _Bands(TensorCodec):
-    """What both share: bits of each channel, from the most to none."""
+class Bands(TensorCodec):
+    """Codes of a number of bits that differs by channel, with a scale and an offset for each channel of a block of 64 tokens.
+
+    Args:
+        bits: of each channel, in descending order; sum(bits) * 8 bytes a block.
+        outliers: entries of a block that are mended.
+        exact_zeros: offsets in half precision. Without it they are small multiples of the scale, which suits channels whose mean
+            has been taken off; a channel with a mean of many standard deviations gets as coarse a scale as that needs.
+
+    Fields: `codes [..., Σ bits * 8] uint8`, channel by channel; `scale [..., C] uint8`, the channel's standard deviation as
+    2^((c - 128) / 8), raised where its mean is beyond 7.9 of it; `zero [..., C] int8`, the mean in sixteenths of the scale, or
+    the mean itself, half (and the scale is not raised); `place [..., outliers] int16`, token * D + channel; `value [..., outliers] half`.
+
+    Round trip: the nearest level is chosen for every number; mended places are within 2^-11 of the error that they mend.
+    """
 
     bits: tuple[int, ...]
+    outliers: int = 0
+    exact_zeros: bool = False
 
     def __post_init__(self) -> None:
         if any(not 0 <= b <= MOST_BITS for b in self.bits) or list(self.bits) != sorted(self.bits, reverse=True):
@@ -49,7 +61,7 @@ class _Bands(TensorCodec):
 
     @property
     def num_coded(self) -> int:
-        """Channels that have codes."""
+        """C, the channels that have codes."""
         return sum(b > 0 for b in self.bits)
 
     def bands(self) -> list[tuple[int, slice]]:
@@ -62,36 +74,6 @@ class _Bands(TensorCodec):
             start = stop
         return found
 
-    def _codes(self, scaled: torch.Tensor) -> list[torch.Tensor]:
-        """The nearest level's number for `[..., T, C]`, by band."""
-        return [_nearest(scaled[..., channels], bits) for bits, channels in self.bands()]
-
-    @abstractmethod
-    def _levels(self, fields: Fields) -> torch.Tensor:
-        """`[..., T, C] float32`: the levels of the codes."""
-
-    def _padded(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., C]` to `[..., D]`: zeros for the channels without codes."""
-        return torch.nn.functional.pad(x, (0, len(self.bits) - self.num_coded))
-
-
-@dataclass(frozen=True)
-class ChannelBands(_Bands):
-    """Scales and offsets per channel over a block of 64 tokens: for K.
-
-    Args:
-        bits: of each channel, in descending order; sum(bits) * 8 bytes a block.
-        outliers: entries of a block that are mended.
-
-    Fields: `codes [..., Σ bits * 8] uint8`, channel by channel; `scale [..., C] uint8`, the channel's standard deviation as
-    2^((c - 128) / 8), raised where its mean is beyond 7.9 of it; `zero [..., C] int8`, the mean in sixteenths of the scale;
-    `place [..., outliers] int16`, token * D + channel; `value [..., outliers] half`.
-
-    Round trip: the nearest level is chosen for every number; mended places are within 2^-11 of the error that they mend.
-    """
-
-    outliers: int = 8
-
     @property
     def unit(self) -> Literal["token", "block"]:
         return "block"
@@ -101,14 +83,12 @@ class ChannelBands(_Bands):
         coded = x[..., : self.num_coded]
         mean = coded.mean(-2)
         spread = (coded - mean[..., None, :]).square().mean(-2).sqrt()
-        fields = {"scale": _log_code(torch.maximum(spread, mean.abs() / 7.9))}
-        scale = _from_log(fields["scale"])
-        fields["zero"] = (mean / scale * _ZERO_STEPS).round().clamp(-127, 127).to(torch.int8)
-        zero = fields["zero"].float() / _ZERO_STEPS * scale
-        codes = self._codes((coded - zero[..., None, :]) / scale[..., None, :])
-        lines = [
-            _pack(band.mT.contiguous(), bits).flatten(-2) for (bits, _), band in zip(self.bands(), codes, strict=True)
-        ]
+        fields = {"scale": _log_code(spread if self.exact_zeros else torch.maximum(spread, mean.abs() / 7.9))}
+        in_steps = mean / _from_log(fields["scale"]) * _ZERO_STEPS
+        fields["zero"] = _half(mean) if self.exact_zeros else in_steps.round().clamp(-127, 127).to(torch.int8)
+        scale, zero = self._scale_zero(fields)
+        scaled = ((coded - zero[..., None, :]) / scale[..., None, :]).mT
+        lines = [_pack(_nearest(scaled[..., channels, :], bits), bits).flatten(-2) for bits, channels in self.bands()]
         fields["codes"] = torch.cat([x.new_empty(*x.shape[:-2], 0, dtype=torch.uint8), *lines], dim=-1)
         if self.outliers:
             error = (x - self._dense(fields)).flatten(-2)
@@ -142,6 +122,7 @@ class ChannelBands(_Bands):
         return out.scatter_add(-1, channel, p.take_along_dim(token, -1) * value)
 
     def _levels(self, fields: Fields) -> torch.Tensor:
+        """`[..., T, C] float32`: the levels of the codes."""
         codes, start, parts = fields["codes"], 0, []
         for bits, channels in self.bands():
             num = channels.stop - channels.start
@@ -157,61 +138,18 @@ class ChannelBands(_Bands):
 
     def _scale_zero(self, fields: Fields) -> tuple[torch.Tensor, torch.Tensor]:
         scale = _from_log(fields["scale"])
-        return scale, fields["zero"].float() / _ZERO_STEPS * scale
+        zero = fields["zero"].float()
+        return scale, zero if self.exact_zeros else zero / _ZERO_STEPS * scale
+
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., C]` to `[..., D]`: zeros for the channels without codes."""
+        return torch.nn.functional.pad(x, (0, len(self.bits) - self.num_coded))
 
     def _sparse(self, fields: Fields, num_vectors: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token, channel and value of each outlier, `[..., M, outliers]` all."""
         place = fields["place"].long()[..., None, :]
         place = place.expand(*place.shape[:-2], num_vectors, -1)
         return place // len(self.bits), place % len(self.bits), fields["value"].float()[..., None, :]
-
-
-@dataclass(frozen=True)
-class TokenBands(_Bands):
-    """A gain per token: for V.
-
-    Args:
-        bits: of each channel, in descending order, by eights.
-
-    Fields: `codes [..., T, Σ bits / 8] uint8`; `scale [..., T, 1] uint8`, the root mean square of the token's coded channels as
-    2^((c - 128) / 8).
-
-    Round trip: the nearest level is chosen for every number; channels without bits become zero.
-    """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if any((channels.stop - channels.start) % BAND for _, channels in self.bands()):
-            raise ValueError(f"bands of V have a multiple of {BAND} channels, not as in {self.bits}")
-
-    @property
-    def unit(self) -> Literal["token", "block"]:
-        return "token"
-
-    def encode(self, x: torch.Tensor) -> Fields:
-        coded = x.float()[..., : self.num_coded]
-        scale = _log_code(coded.square().sum(-1, keepdim=True).div(max(1, self.num_coded)).sqrt())
-        codes = self._codes(coded / _from_log(scale))
-        packed = [_pack(band.contiguous(), bits) for (bits, _), band in zip(self.bands(), codes, strict=True)]
-        return {"codes": torch.cat([scale[..., :0], *packed], dim=-1), "scale": scale}
-
-    def decode(self, fields: Fields) -> torch.Tensor:
-        return self._padded(self._levels(fields) * _from_log(fields["scale"]))
-
-    def dot(self, q: torch.Tensor, fields: Fields) -> torch.Tensor:
-        return (q[..., : self.num_coded] @ self._levels(fields).mT) * _from_log(fields["scale"]).mT
-
-    def combine(self, p: torch.Tensor, fields: Fields) -> torch.Tensor:
-        return self._padded((p * _from_log(fields["scale"]).mT) @ self._levels(fields))
-
-    def _levels(self, fields: Fields) -> torch.Tensor:
-        codes, start, parts = fields["codes"], 0, []
-        for bits, channels in self.bands():
-            width = (channels.stop - channels.start) * bits // 8
-            band = _unpack(codes[..., start : start + width].contiguous(), bits)
-            parts.append(_table(bits, codes.device)[band.int()])
-            start += width
-        return torch.cat([torch.empty(*codes.shape[:-1], 0, device=codes.device), *parts], dim=-1)
 
 
 # -- levels and numbers ------------------------------------------------------------------------------------------------------
@@ -237,7 +175,7 @@ def normal_levels(bits: int) -> tuple[float, ...]:
 
 @functools.cache
 def distortion(bits: int) -> float:
-    """The mean squared error of `normal_levels` on a standard normal variable: 1 without bits, about a quarter with each more."""
+    """The mean squared error of `normal_levels` on a standard normal variable: 1 without bits."""
     if bits == 0:
         return 1.0
     levels, normal = normal_levels(bits), NormalDist()
