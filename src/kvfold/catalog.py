@@ -40,6 +40,7 @@ _STREAMING = "StreamingLLM, arxiv.org/abs/2309.17453"
 _KIVI = "KIVI, arxiv.org/abs/2402.02750"
 _H2O = "H2O, arxiv.org/abs/2306.14048"
 _SNAPKV = "SnapKV, arxiv.org/abs/2404.14469"
+_KVTC = "KVTC, arxiv.org/abs/2511.01815"
 _QUAROT = "QuaRot, arxiv.org/abs/2404.00456"
 
 _ALL = (
@@ -65,6 +66,7 @@ _ALL = (
     Strategy("kivi2", "kivi(int2)", "KIVI as published, 2 bits", _KIVI, demo=False),
     Strategy("fp8", "fp8(e4m3)", "8-bit floats, a scale a token", "FP8 formats, arxiv.org/abs/2209.05433"),
     Strategy("fp8_e5m2", "fp8(e5m2)", "8-bit floats of wider range", "FP8 formats, arxiv.org/abs/2209.05433", demo=False),
+    Strategy("banded", "banded(2.5)", "about 2 bits: normal levels by channel, a few entries mended", _KVTC, demo=False),
     Strategy("hybrid", "hybrid(edge=2, edge_store=int8) | int4", "int4, but int8 in the first and last two layers"),
     Strategy("h2o", "h2o(25%)", "heavy hitters and recent tokens, a quarter in all", _H2O),
     Strategy("h2o_int4", "h2o(50%) | int4", "half of the tokens, in int4", f"{_H2O}; {_KIVI}", demo=False),

@@ -1,4 +1,4 @@
-"""`banded(2.25)`: as many bits an element as asked for, where they do most good; calibrated, the best quality per byte here.
+"""`banded(2.5)`: as many bits an element as asked for, where they do most good; calibrated, the best quality per byte here.
 
 With `calibrated=true` a layer's tokens are held in coordinates that `kvfold calibrate` made for this very model: uncorrelated,
 and weighted by what an error costs (kvfold.lab.calibrate). Bits go to layers, to K or V, and to coordinates by reverse
@@ -39,7 +39,7 @@ class Banded(Store):
         outliers: entries of K that are mended in each block of 64 tokens and head.
     """
 
-    bits: Bits = "2.25"
+    bits: Bits = "2.5"
     calibrated: bool = False
     outliers: int = 4
     sink: int = 4

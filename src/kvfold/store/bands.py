@@ -36,17 +36,18 @@ _ZERO_STEPS = 16.0
 
 @dataclass(frozen=True)
 class Bands(TensorCodec):
-    """Codes of a number of bits that differs by channel, with a scale and an offset for each channel of a block of 64 tokens.
+    """Codes whose bits differ by channel, with a scale and an offset for each channel of a block of 64 tokens.
 
     Args:
         bits: of each channel, in descending order; sum(bits) * 8 bytes a block.
         outliers: entries of a block that are mended.
-        exact_zeros: offsets in half precision. Without it they are small multiples of the scale, which suits channels whose mean
-            has been taken off; a channel with a mean of many standard deviations gets as coarse a scale as that needs.
+        exact_zeros: offsets in half precision. Without it they are small multiples of the scale, which suits channels whose
+            mean has been taken off; a channel with a mean of many standard deviations gets as coarse a scale as that needs.
 
     Fields: `codes [..., Σ bits * 8] uint8`, channel by channel; `scale [..., C] uint8`, the channel's standard deviation as
     2^((c - 128) / 8), raised where its mean is beyond 7.9 of it; `zero [..., C] int8`, the mean in sixteenths of the scale, or
-    the mean itself, half (and the scale is not raised); `place [..., outliers] int16`, token * D + channel; `value [..., outliers] half`.
+    the mean itself, half (and the scale is not raised); `place [..., outliers] int16`, token * D + channel; `value` at these
+    places, half.
 
     Round trip: the nearest level is chosen for every number; mended places are within 2^-11 of the error that they mend.
     """
