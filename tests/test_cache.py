@@ -129,7 +129,9 @@ def test_no_step_decodes_the_whole_cache(name: str) -> None:
         model(tokens(2, 1), past_key_values=cache)
         cache.crop(-70)
         model(tokens(2, 1), past_key_values=cache)
-    assert 1000 < seen.largest < decoded / 2
+    # A pool that grows copies its fields; those of some codecs are floats, though fewer.
+    fields = [x.numel() for layer in _layers(cache) for x in layer.body.pool.fields.values() if x.is_floating_point()]
+    assert 1000 < seen.largest <= max(decoded / 2, *fields)
 
 
 def test_a_reordered_cache_shares_what_beams_have_in_common() -> None:
@@ -180,8 +182,12 @@ def test_every_strategy_of_the_catalog_runs_on_a_padded_batch(name: str) -> None
     strict = getattr(Plan.parse(STRATEGIES[name].plan).keep, "strict", False)
     if not strict:  # the first chunk sees all of itself, dense
         torch.testing.assert_close(mine[mask.bool()], full[mask.bool()], atol=1e-4, rtol=1e-4)
+    new = torch.ones(2, 2, dtype=torch.long)
+    ids, mask = torch.cat([ids, tokens(2, 2)], 1), torch.cat([mask, new], 1)
     with torch.no_grad():
-        assert model(tokens(2, 2), past_key_values=cache).logits.isfinite().all()
+        positions = (mask.cumsum(1) - 1)[:, 130:]
+        out = model(ids[:, 130:], attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    assert out.isfinite().all()
 
 
 def test_a_chunk_of_nothing_but_padding_is_nothing() -> None:

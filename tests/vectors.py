@@ -3,11 +3,16 @@
 import torch
 from hypothesis import strategies as st
 
+from kvfold.percent import Percent
 from kvfold.store import levels
 from kvfold.store.affine import Affine
 from kvfold.store.base import Fields, TensorCodec
 from kvfold.store.dense import DenseCodec
+from kvfold.store.fitted import Fitted
 from kvfold.store.fp8 import Float8
+from kvfold.store.outliers import Outliers
+from kvfold.store.residual import Residual
+from kvfold.store.subspace import Subspace
 from kvfold.store.table import Table
 
 HEAD_DIMS = st.sampled_from([64, 80, 96, 128, 256])
@@ -22,6 +27,17 @@ tables = st.builds(
     Table, levels=LEVELS, axis=AXES, group=GROUPS, offset=st.booleans(), scales=SCALES,
     fit=st.sampled_from(["largest", "norm"]), refits=st.sampled_from([0, 0, 1, 3]),
 )  # fmt: skip
+fitted = st.builds(
+    Fitted, bits=st.sampled_from([2, 3, 4]), axis=AXES, group=GROUPS, scales=SCALES, rounds=st.sampled_from([0, 6])
+)
+outliers = st.builds(
+    Outliers, inner=st.one_of(affines, tables, fitted), share=st.sampled_from([Percent(0.01), Percent(0.1)]), axis=AXES
+)
+subspaces = st.builds(
+    Subspace, inner=st.sampled_from([DenseCodec(torch.float16), Affine(8, "channel"), Affine(4, "channel", 16, True)]),
+    rank=st.sampled_from([1, 4, 32]), tokens=st.sampled_from([64, 128]),
+)  # fmt: skip
+residuals = st.builds(Residual, first=st.one_of(affines, tables, outliers), second=subspaces)
 floats = st.builds(Float8, format=st.sampled_from(["e4m3", "e5m2"]), scaled=st.booleans())
 dense = st.builds(DenseCodec, dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 
 from kvfold.errors import PlanError
+from kvfold.percent import PERCENT
 
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 # Nine digits are enough for any cache, and never overflow.
 WHOLE = re.compile(r"[0-9]{1,9}")
-PERCENT = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)%")
 _BYTES = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(B|KiB|MiB|GiB)")
 
 HeadSplit = Literal["uniform", "ada"]

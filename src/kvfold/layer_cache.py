@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from kvfold import positions
 from kvfold.attention import dispatch
 from kvfold.attention.reference import Partial, Query
 from kvfold.blocks import Blocks
@@ -132,7 +133,13 @@ class LayerCache(CacheLayerMixin):
     # -- attention -------------------------------------------------------------------------------------------------------
 
     def attend(
-        self, handle: Handle, q: torch.Tensor, padding: torch.Tensor | None, scaling: float, softcap: float | None
+        self,
+        handle: Handle,
+        q: torch.Tensor,
+        padding: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of a chunk over everything held and over itself; then the plan is applied to the chunk.
 
@@ -141,6 +148,7 @@ class LayerCache(CacheLayerMixin):
             padding: `[B, seen] bool`, False for padding, or None.
             scaling: what scores are multiplied with.
             softcap: Gemma 2's cap of the scores, or None.
+            position_ids: `[B or 1, Q] long`, where RoPE has turned queries and keys to, or None where it is not known.
 
         Returns:
             `[B, Q, Hq, D]`, in the type of q.
@@ -154,8 +162,10 @@ class LayerCache(CacheLayerMixin):
         if self.frame and softcap is not None:
             raise PlanError(f"'{self.plan.store.name}' shifts scores, and this model caps them: choose another codec")
         chunk = self._chunk(handle, slots, real)
-        ranks = self._ranks(num_queries, real, q.device) if self.plan.keep else None
         by_row = (q.float() * scaling).reshape(rows, groups * num_queries, head_dim)
+        ranks = self._ranks(num_queries, real, q.device) if self.plan.keep or self.codec.positional else None
+        if self.codec.positional:
+            positions.check(position_ids, ranks, real)
         query = Query(
             q=self.frame.queries(by_row) if self.frame else by_row,
             slots=slots,
@@ -169,7 +179,9 @@ class LayerCache(CacheLayerMixin):
         if real is not None:  # padding asks nothing: no token gains by its queries
             asks = real.repeat_interleave(heads, 0).repeat(1, groups)
             lse = lse.masked_fill(~asks, torch.inf)
-        self._settle(query, chunk, lse)
+        if self.plan.keep is not None:
+            chunk = self._evict(query, chunk, lse)
+        self._store(chunk, padding)
         out = self.frame.outputs(result.out) if self.frame else result.out
         out = out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
         return out.transpose(1, 2).to(q.dtype)
@@ -262,11 +274,6 @@ class LayerCache(CacheLayerMixin):
 
     # -- applying the plan -----------------------------------------------------------------------------------------------
 
-    def _settle(self, query: Query, chunk: Run, lse: torch.Tensor) -> None:
-        if self.plan.keep is not None:
-            chunk = self._evict(query, chunk, lse)
-        self._store(chunk)
-
     def _evict(self, query: Query, chunk: Run, lse: torch.Tensor) -> Run:
         """Lets the keep policy choose among all tokens but the sinks; returns what is left of the chunk."""
         keep = self.plan.keep
@@ -313,10 +320,10 @@ class LayerCache(CacheLayerMixin):
                 assert segment.score is not None
                 segment.score = keep.update(segment.score, mass, num_queries)
 
-    def _store(self, chunk: Run) -> None:
+    def _store(self, chunk: Run, padding: torch.Tensor | None) -> None:
         """New tokens join the recent ones; what is older than the dense window is encoded."""
         if self.codec.unit == "token" and self.plan.window == 0:
-            self.body.append(chunk)
+            self.body.append(chunk, self._positions(chunk, padding))
             self.body.tidy()
             return
         dense = join(self.recent, chunk)
@@ -327,22 +334,26 @@ class LayerCache(CacheLayerMixin):
         excess = (dense.counts() - self.plan.window).clamp_min(0) // unit * unit
         if bool((excess > 0).any()):
             old, dense = dense.split(excess)
-            self.body.append(old)
+            self.body.append(old, self._positions(old, padding))
             self.body.tidy()
         self.recent = dense.owned()
+
+    def _positions(self, run: Run, padding: torch.Tensor | None) -> torch.Tensor | None:
+        return positions.of(run.slots, padding, self.site.num_kv_heads) if self.codec.positional else None
 
     def _tokens_in_bytes(self) -> int:
         """How many tokens fit into this layer's part of a budget of bytes, everything counted."""
         keep = self.plan.keep
         assert keep is not None
         head_dim, block = self.site.head_dim, self.codec.block
-        rows = self.batch_size * self.site.num_kv_heads * self.site.num_layers
+        rows = self.batch_size * self.site.num_kv_heads
+        in_layer = keep.budget.value / self.site.num_layers - sum(x.nbytes for x in self.codec.constants().values())
         per_block = self.body.block_bytes(head_dim)
         num_dense = self.plan.sink + self.plan.window + (block - 1 if self.codec.unit == "block" else 0)
         dense_bytes = num_dense * (2 * head_dim * self.dtype.itemsize + 4 + 4 * keep.scored)
-        num_blocks = int((keep.budget.value / rows - dense_bytes) // per_block)
+        num_blocks = int((in_layer / rows - dense_bytes) // per_block)
         if num_blocks < 1:
-            least = (dense_bytes + per_block) * rows
+            least = keep.budget.value + ((dense_bytes + per_block) * rows - in_layer) * self.site.num_layers
             raise PlanError(f"{keep.budget} is too little for this plan: it needs {least / 2**20:.1f}MiB at least")
         return self.plan.sink + num_blocks * block
 
@@ -382,6 +393,8 @@ class LayerCache(CacheLayerMixin):
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that the layer holds, named by its segment and purpose."""
+        for name, tensor in self.codec.constants().items():
+            yield f"codec.{name}", tensor
         if self.is_initialized:
             for name, segment in (("sink", self.sink), ("recent", self.recent), ("body", self.body.pool)):
                 for part, tensor in segment.tensors().items():

@@ -148,7 +148,7 @@ def _check_model(path: Path, header: Mapping[str, Any], model: PreTrainedModel) 
 
 def _meaning(plan: Plan) -> str:
     """The plan with every default written out, so that a later change of a default can't change what a file means."""
-    return repr((plan.keep, plan.protect, plan.hybrid, plan.store))
+    return repr((plan.keep, plan.protect, plan.hybrid, plan.layers, plan.store))
 
 
 def _digest(header: str, tensors: Mapping[str, torch.Tensor]) -> str:

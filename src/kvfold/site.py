@@ -16,12 +16,14 @@ class Projections:
     Attributes:
         k, v: the weights W, `[Hkv, D, hidden]`.
         k_bias, v_bias: `[Hkv, D]`, or None.
+        k_normed: whether keys are normalised afterwards, before their rotation.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     k_bias: torch.Tensor | None = None
     v_bias: torch.Tensor | None = None
+    k_normed: bool = False
 
 
 class LayerOfModel(Protocol):

@@ -195,7 +195,8 @@ def attention(
         if module.training:
             raise ModelError("a compressed cache serves inference, no gradients pass through it: call model.eval() first")
         with torch.no_grad():
-            return key.layer.attend(key, query, attention_mask, scaling, softcap), None
+            positions = kwargs.get("position_ids")
+            return key.layer.attend(key, query, attention_mask, scaling, softcap, positions), None
     return _plain(query, key, value, attention_mask, scaling, softcap), None
 
 

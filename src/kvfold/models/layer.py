@@ -50,7 +50,7 @@ class ModelLayer:
     def projections(self) -> Projections:
         """The weights of k_proj and v_proj, by KV head."""
         k, v = (self._projection(name) for name in ("k_proj", "v_proj"))
-        return Projections(k[0], v[0], k[1], v[1])
+        return Projections(k[0], v[0], k[1], v[1], k_normed=getattr(self._attention(), "k_norm", None) is not None)
 
     def calibration(self) -> Calibration:
         """What `kvfold calibrate` found out of the whole model. ModelError when it has not been run."""
@@ -61,14 +61,17 @@ class ModelLayer:
 
     def _projection(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         config = self.model.config.get_text_config(decoder=True)
-        layers: Any = getattr(self.model.get_decoder(), "layers", ())
-        attention = getattr(layers[self.index], "self_attn", None) if layers else None
-        linear = getattr(attention, name, None)
+        linear = getattr(self._attention(), name, None)
         weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
         if not isinstance(weight, torch.Tensor):
             raise ModelError(f"this plan needs the weights of {name}, and {type(self.model).__name__} has none of that name")
         by_head = (config.num_key_value_heads, head_dim_of(config))
         return weight.detach().view(*by_head, -1), None if bias is None else bias.detach().view(by_head)
+
+    def _attention(self) -> Any:
+        """The layer's attention module, or None where it goes by another name."""
+        layers: Any = getattr(self.model.get_decoder(), "layers", ())
+        return getattr(layers[self.index], "self_attn", None) if layers else None
 
 
 def head_dim_of(config: Any) -> int:
