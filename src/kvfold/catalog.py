@@ -59,6 +59,7 @@ _INFLLM = "InfLLM, arxiv.org/abs/2402.04617"
 _MINICACHE = "MiniCache, arxiv.org/abs/2405.14366"
 _CLA = "Cross-Layer Attention, arxiv.org/abs/2405.12981"
 _FLEXGEN = "FlexGen, arxiv.org/abs/2303.06865"
+_KVTC = "KVTC, arxiv.org/abs/2511.01815"
 _QUAROT = "QuaRot, arxiv.org/abs/2404.00456"
 
 _TURBOQUANT = "TurboQuant, arxiv.org/abs/2504.19874"
@@ -90,6 +91,7 @@ _ALL = (
     Strategy("kivi2", "kivi(int2)", "KIVI as published, 2 bits", _KIVI, demo=False),
     Strategy("fp8", "fp8(e4m3)", "8-bit floats, a scale a token", "FP8 formats, arxiv.org/abs/2209.05433"),
     Strategy("fp8_e5m2", "fp8(e5m2)", "8-bit floats of wider range", "FP8 formats, arxiv.org/abs/2209.05433", demo=False),
+    Strategy("banded", "banded(2.5)", "about 2 bits: normal levels by channel, a few entries mended", _KVTC, demo=False),
     Strategy("nf4", "nf4", "4-bit codes at quantiles of a normal distribution", "QLoRA, arxiv.org/abs/2305.14314", demo=False),
     Strategy("fp4", "fp4", "4-bit floats", "OCP Microscaling Formats 1.0", demo=False),
     Strategy("turboquant4", "turboquant(4)", "rotated at random, Lloyd-Max levels, 4 bits", _TURBOQUANT, demo=False),

@@ -43,10 +43,14 @@ class LayerCache(CacheLayerMixin):
     def __init__(self, site: Site, plan: LayerPlan, pool: Callable[..., BlockPool] = BlockPool):
         super().__init__()
         self.site, self.plan, self._new_pool = site, plan, pool
-        self.codec = plan.store.codec(site)
+        self.codec, self.frame = plan.store.codec(site), plan.store.frame(site)
         if self.codec.positional and plan.read:
             raise PlanError(f"'{plan.read.name}' writes whole blocks, and '{plan.store.name}' encodes token by token")
         self.rope = site.model.rope() if plan.keep and plan.keep.reindex and site.model else None
+        if self.frame and self.rope:
+            raise PlanError(
+                f"'{plan.store.name}' holds keys in other coordinates, in which they can't be re-indexed: add reindex=false"
+            )
         self.is_croppable = plan.keep is None
         self.num_seen = 0
         self.num_real: list[int] = []  # tokens seen that are not padding, for each sequence
@@ -172,12 +176,15 @@ class LayerCache(CacheLayerMixin):
         first = self.num_seen - num_queries
         slots = torch.arange(first, self.num_seen, device=q.device)
         real = None if padding is None else padding[:, first : self.num_seen]
+        if self.frame and softcap is not None:
+            raise PlanError(f"'{self.plan.store.name}' shifts scores, and this model caps them: choose another codec")
         chunk = self._chunk(handle, slots, real)
+        by_row = (q.float() * scaling).reshape(rows, groups * num_queries, head_dim)
         ranks = self._ranks(num_queries, real, q.device) if self.plan.keep or self.codec.positional else None
         if self.codec.positional:
             positions.check(position_ids, ranks, real)
         query = Query(
-            q=(q.float() * scaling).reshape(rows, groups * num_queries, head_dim),
+            q=self.frame.queries(by_row) if self.frame else by_row,
             slots=slots,
             num_groups=groups,
             first_visible=self._first_visible(slots, ranks, padding),
@@ -190,14 +197,15 @@ class LayerCache(CacheLayerMixin):
             asks = real.repeat_interleave(heads, 0).repeat(1, groups)
             lse = lse.masked_fill(~asks, torch.inf)
         self._settle(query, chunk, lse, padding)
-        out = result.out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
+        out = self.frame.outputs(result.out) if self.frame else result.out
+        out = out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
         return out.transpose(1, 2).to(q.dtype)
 
     def _chunk(self, handle: Handle, slots: torch.Tensor, real: torch.Tensor | None) -> Run:
         """The new tokens as a run, without padding."""
         batch, heads, num_new, head_dim = handle.k.shape
-        k = handle.k.reshape(batch * heads, num_new, head_dim)
-        v = handle.v.reshape(batch * heads, num_new, head_dim)
+        k, v = (self.frame.keys(handle.k), self.frame.values(handle.v)) if self.frame else (handle.k, handle.v)
+        k, v = (x.reshape(batch * heads, num_new, head_dim) for x in (k, v))
         new_slots = slots.int().expand(batch * heads, -1)
         if real is not None and not bool(real.all()):
             mask = real.repeat_interleave(heads, 0)

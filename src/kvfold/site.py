@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from kvfold.calibration import Calibration
 from kvfold.rope import Rope
 
 
@@ -26,11 +27,13 @@ class Projections:
 
 
 class LayerOfModel(Protocol):
-    """What a method may ask of the model itself. Both raise ModelError where the model has no such thing."""
+    """What a method may ask of the model itself. All raise ModelError where the model has no such thing."""
 
     def rope(self) -> Rope: ...
 
     def projections(self) -> Projections: ...
+
+    def calibration(self) -> Calibration: ...
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import typer
 
 import kvfold
 from kvfold.cli.bench import bench
+from kvfold.cli.calibrate import calibrate
 from kvfold.cli.eval import evaluate
 from kvfold.cli.generate import generate
 from kvfold.cli.info import info
@@ -25,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, bench, report, strategies, info):
+for command in (generate, bench, report, calibrate, strategies, info):
     app.command()(command)
 app.command("eval")(evaluate)
 

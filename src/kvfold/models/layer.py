@@ -1,13 +1,17 @@
 """What methods may ask of one attention layer of a transformers model: its rotation, its projections."""
 
+import hashlib
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from kvfold.calibration import Calibration, load_calibration
 from kvfold.errors import ModelError
+from kvfold.models.packages import cache_folder
 from kvfold.rope import Rope
 from kvfold.site import Projections
 
@@ -48,6 +52,13 @@ class ModelLayer:
         k, v = (self._projection(name) for name in ("k_proj", "v_proj"))
         return Projections(k[0], v[0], k[1], v[1], k_normed=getattr(self._attention(), "k_norm", None) is not None)
 
+    def calibration(self) -> Calibration:
+        """What `kvfold calibrate` found out of the whole model. ModelError when it has not been run."""
+        path = calibration_path(self.model)
+        if not path.exists():
+            raise ModelError("this plan needs a calibration of the model: run 'kvfold calibrate' once")
+        return load_calibration(path)
+
     def _projection(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         config = self.model.config.get_text_config(decoder=True)
         linear = getattr(self._attention(), name, None)
@@ -65,3 +76,16 @@ class ModelLayer:
 
 def head_dim_of(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def calibration_path(model: PreTrainedModel) -> Path:
+    """Where the calibration of a model lies, made or not.
+
+    Its name has a hash of 16 numbers of every weight, rounded to bfloat16, so that it is the same in each type that the model
+    is loaded in.
+    """
+    samples = [
+        p.detach().flatten()[:: max(1, p.numel() // 16)][:16].bfloat16().float() for p in model.parameters() if p.numel()
+    ]
+    mark = hashlib.sha256(torch.cat(samples).cpu().numpy().tobytes()).hexdigest()[:16]
+    return cache_folder() / f"calibration-{mark}.safetensors"

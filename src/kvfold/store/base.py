@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from kvfold.frame import Frame
 from kvfold.site import Site
 
 Fields = dict[str, torch.Tensor]
@@ -133,6 +134,10 @@ class Store(ABC):
     @abstractmethod
     def codec(self, site: Site) -> KVCodec:
         """The codecs for a layer. Raises PlanError when the method can't hold vectors of this size."""
+
+    def frame(self, site: Site) -> Frame | None:
+        """The coordinates in which a layer holds its tokens under this method; None for the model's own."""
+        return None
 
     def check(self) -> None:  # noqa: B027  (most methods have nothing to check)
         """Raises PlanError when the arguments can't work together."""
