@@ -14,11 +14,11 @@ from kvfold.cli.main import main
 from kvfold.errors import FileError
 from kvfold.lab.charts import charts, frontier
 from kvfold.lab.plots import spread
-from kvfold.lab.report import write_report
+from kvfold.lab.report import Results, write_report
 from kvfold.lab.results import RECORDS, Record, read_records, write_records
 from kvfold.lab.table import columns, markdown, ordered
 
-FIGURES = {"memory-vs-context", "throughput-vs-batch", "quality-vs-bytes", "decode-time"}
+FIGURES = {"memory-vs-context", "throughput-vs-batch", "quality-vs-bytes", "quality-vs-bits", "decode-time", "time-split"}
 
 
 def record(strategy: str = "full", context: int = 512, batch: int = 1, **changes: object) -> Record:
@@ -91,9 +91,9 @@ class Loads(HTMLParser):
 
 
 def test_page_shows_every_strategy_and_loads_nothing(grid: list[Record], tmp_path: Path) -> None:
-    page = write_report(grid, tmp_path / "page.html").read_text(encoding="utf-8")
+    page = write_report(Results(tuple(grid)), tmp_path / "page.html").read_text(encoding="utf-8")
     table = page.partition("<tbody>")[2].partition("</tbody>")[0]
-    rows = re.findall(r"<tr>\s*<td data-sort=\"([^\"]*)\"", table)
+    rows = re.findall(r"<tr data-strategy=\"([^\"]*)\"", table)
     assert len(rows) == len(grid)
     assert set(rows) == set(STRATEGIES)
     assert all(name in page for name in FIGURES)
@@ -106,17 +106,17 @@ def test_page_shows_every_strategy_and_loads_nothing(grid: list[Record], tmp_pat
 
 
 def test_text_of_the_model_can_not_break_the_page(tmp_path: Path) -> None:
-    page = write_report([record()], tmp_path / "page.html").read_text(encoding="utf-8")
+    page = write_report(Results((record(),)), tmp_path / "page.html").read_text(encoding="utf-8")
     assert "and so on &lt;/script&gt;&lt;b&gt;" in page
     assert page.count("<script") == page.count("</script>")
 
 
 def test_figures_are_drawn_for_grids_and_for_single_points(grid: list[Record], tmp_path: Path) -> None:
-    single = [record(name) for name in STRATEGIES]
+    single = [record(name) for name in list(STRATEGIES)[:6]]
     for name, records in (("grid", grid), ("single", single), ("one", single[:1])):
         folder = tmp_path / name
         folder.mkdir()
-        write_report(records, folder / "page.html")
+        write_report(Results(tuple(records)), folder / "page.html")
         files = {path.stem: path for path in folder.glob("*.png")}
         assert set(files) == FIGURES
         for path in files.values():
@@ -127,10 +127,16 @@ def test_figures_are_drawn_for_grids_and_for_single_points(grid: list[Record], t
 
 def test_only_what_was_measured_is_drawn() -> None:
     assert [c.name for c in charts([record(ms_per_token_p50=None, tokens_per_s=None)])] == [
-        "memory-vs-context",
         "quality-vs-bytes",
+        "quality-vs-bits",
+        "memory-vs-context",
     ]
-    assert [c.name for c in charts([record(kl=None)])] == ["memory-vs-context", "throughput-vs-batch", "decode-time"]
+    assert [c.name for c in charts([record(kl=None)])] == [
+        "memory-vs-context",
+        "throughput-vs-batch",
+        "decode-time",
+        "time-split",
+    ]
     single = {c.name: c.form for c in charts([record("full"), record("int4")])}
     assert single["memory-vs-context"] == single["throughput-vs-batch"] == "bars"
     lines = {c.name: c for c in charts([record("full", 512), record("full", 2048), record("int4", 512)])}
@@ -156,10 +162,14 @@ def test_labels_are_spread(wanted: list[float], expected: list[float]) -> None:
     assert spread(wanted, 10, 5) == pytest.approx(expected)
 
 
+def test_labels_stay_below_the_top() -> None:
+    assert spread([0, 95, 96, 99], 10, 5, 100) == pytest.approx([5, 80, 90, 100])
+
+
 def test_settings_are_not_mixed(tmp_path: Path) -> None:
     records = [record(), record(threads=8), record(kv_bytes=1, date="2025-01-01T00:00:00+00:00")]
-    page = write_report(records, tmp_path / "page.html").read_text(encoding="utf-8")
-    assert page.count("<section>") == 2
+    page = write_report(Results(tuple(records)), tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count('<section class="bench">') == 2
     assert (tmp_path / "memory-vs-context-2.png").exists()
     assert "11.25" in page  # the newer of two records of the same measurement
 
@@ -204,12 +214,17 @@ def test_the_command_joins_folders(tmp_path: Path, capsys: pytest.CaptureFixture
         main(["report", str(tmp_path / "full"), str(tmp_path / "int4"), "--out", str(out)])
     assert exit_.value.code == 0
     assert "2 records" in capsys.readouterr().out
-    assert {"page.html", "page.csv", "page.md"} | {f"{name}.png" for name in FIGURES} == {p.name for p in out.parent.iterdir()}
+    assert {"page.html", "page.csv", "page.md", "page.tex"} | {f"{name}.png" for name in FIGURES} == {
+        p.name for p in out.parent.iterdir()
+    }
     assert "int4" in out.read_text(encoding="utf-8")
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder, message in ((tmp_path, "holds no records.jsonl"), (tmp_path / "missing", "is not a folder")):
+    for folder, message in (
+        (tmp_path, "holds no records.jsonl and no scores.jsonl"),
+        (tmp_path / "missing", "is not a folder"),
+    ):
         with pytest.raises(SystemExit) as exit_:
             main(["report", str(folder), "--out", str(tmp_path / "page.html")])
         assert exit_.value.code == 2

@@ -45,7 +45,7 @@ def bench(
     lengths, sizes = numbers("--contexts", contexts), numbers("--batch-sizes", batch_sizes)
 
     from kvfold.lab.bench import Bench, named_plans, run
-    from kvfold.lab.report import write_report
+    from kvfold.lab.report import Results, write_report
 
     wanted = Bench(
         plans=named_plans(strategies),
@@ -70,7 +70,7 @@ def bench(
     with _progress() as on_update:
         outcome = run(wanted, on_update)
     if outcome.records:
-        page = write_report(outcome.records, out / "report.html")
+        page = write_report(Results(tuple(outcome.records)), out / "report.html")
         _print_table(outcome.records)
         print(f"{page}: the page; records (.jsonl, .csv, .md) and figures (.png) are beside it")
     if outcome.failures:

@@ -1,48 +1,129 @@
-"""One page of results that needs no network: a table that sorts, figures that answer the pointer, PNG files beside it."""
+"""One page of results that needs no network: tables that sort, figures that answer the pointer, PNG files beside it."""
 
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from kvfold.catalog import Strategy
+from kvfold.catalog import Changes
+from kvfold.errors import FileError
 from kvfold.files import replacing
-from kvfold.lab.charts import Chart, Series, charts
-from kvfold.lab.plots import COLORS, draw
-from kvfold.lab.results import Record
-from kvfold.lab.table import PLAN, Column, columns, ordered, setting_of
+from kvfold.lab.charts import Chart, HeatMap, charts
+from kvfold.lab.compare import Comparison, compare
+from kvfold.lab.eval.items import SCORES
+from kvfold.lab.eval.scores import Score, read_scores, setting_line
+from kvfold.lab.figures import PAGE_COLORS, figure
+from kvfold.lab.grid import Grid, latex, markdown, record_grid, score_grid, write_text
+from kvfold.lab.plots import draw
+from kvfold.lab.results import RECORDS, Record, read_records
+from kvfold.lab.score_charts import score_charts
+from kvfold.lab.table import ordered, setting_of
 
-_SYMBOLS = {"nothing": "star", "how tokens are held": "circle", "which tokens stay": "square", "both": "triangle-up"}
-_COLORS = COLORS | {"nothing": "#808080"}  # which is seen on white and on black
-_DASHES = ("solid", "dash", "dot", "dashdot")
+
+@dataclass(frozen=True)
+class Results:
+    """What results folders hold: records of `kvfold bench` and scores of `kvfold eval`."""
+
+    records: tuple[Record, ...] = ()
+    scores: tuple[Score, ...] = ()
 
 
-def write_report(records: Sequence[Record], page: Path) -> Path:
-    """Writes the page and its figures beside it; where records come from several settings, a section for each.
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: a table of one setting with its figures. `number` tells the files of sections apart."""
+
+    kind: str
+    number: int
+    title: str
+    grid: Grid
+    charts: tuple[Chart | HeatMap, ...]
+    continuations: tuple[Record, ...] = ()
+
+
+def read_results(folders: Sequence[Path]) -> Results:
+    """Everything that the folders hold. FileError for a folder with neither records nor scores, or with damaged ones."""
+    records: list[Record] = []
+    scores: list[Score] = []
+    for folder in folders:
+        found = read_scores(folder) if folder.is_dir() else []
+        if not found or (folder / RECORDS).exists():
+            if folder.is_dir() and not (folder / RECORDS).exists():
+                raise FileError(f"{folder} holds no {RECORDS} and no {SCORES}: run 'kvfold bench' or 'kvfold eval' first")
+            records += read_records(folder)
+        scores += found
+    return Results(tuple(records), tuple(scores))
+
+
+def write_report(results: Results, page: Path, before: Results | None = None) -> Path:
+    """Writes the page and its figures beside it; where results come from several settings, a section for each.
+
+    Args:
+        before: another run that this one is compared with.
 
     Raises:
         FileError: the folder can't be written to, or the disk is full.
     """
-    sections = []
-    for number, group in enumerate(_by_setting(records), 1):
-        made = charts(group)
-        draw(made, page.parent, "" if number == 1 else f"-{number}")
-        sections.append(_section(number, group, made))
+    sections = _sections(results)
+    comparison = _compared(before, results) if before else None
+    for section in sections:
+        draw(section.charts, page.parent, "" if section.number == 1 else f"-{section.number}")
+    if comparison:
+        draw(comparison.charts, page.parent)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kvfold.lab", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    present = {row.changes for section in sections for row in section.grid.rows}
     html = environment.get_template("report.html.jinja").render(
         sections=sections,
-        colors={what: color for what, color in _COLORS.items() if what in {Strategy("", r.plan, "").changes for r in records}},
+        comparison=comparison,
+        colors={what: color for what, color in PAGE_COLORS.items() if what in present},
+        num_strategies=len({row.strategy for section in sections for row in section.grid.rows}),
+        figure=_figure_json,
+        shade=_shade,
         plotly=_in_script(get_plotlyjs()),
     )
     with replacing(page) as temporary:
         temporary.write_text(html, encoding="utf-8")
     return page
+
+
+def write_tables(results: Results, page: Path, before: Results | None = None) -> None:
+    """LaTeX beside the page, Markdown too for scores and a comparison: `<page>-scores.md`, `<page>-comparison.tex` …"""
+    if results.records:
+        write_text(page.with_suffix(".tex"), latex(record_grid(ordered(results.records))))
+    if results.scores:
+        _write_grid(score_grid(results.scores), page.with_name(f"{page.stem}-scores"))
+    if before:
+        for number, grid in enumerate(_compared(before, results).grids, 1):
+            _write_grid(grid, page.with_name(f"{page.stem}-comparison" + ("" if number == 1 else f"-{number}")))
+
+
+def _write_grid(grid: Grid, path: Path) -> None:
+    write_text(path.with_name(f"{path.name}.md"), markdown(grid))
+    write_text(path.with_name(f"{path.name}.tex"), latex(grid))
+
+
+def _compared(before: Results, after: Results) -> Comparison:
+    comparison = compare(before.records, after.records, before.scores, after.scores)
+    if not comparison.grids:
+        raise FileError("the two runs have no plan in common at the same context and batch size, or on the same task")
+    return comparison
+
+
+def _sections(results: Results) -> list[Section]:
+    measured = [
+        Section("bench", number, group[0].model, record_grid(group), tuple(charts(group)), _continuations(group))
+        for number, group in enumerate(_by_setting(results.records), 1)
+    ]
+    scored = [
+        Section("eval", number, str(group[0].setting["model"]), score_grid(group), tuple(score_charts(group)))
+        for number, group in enumerate(_scores_by_setting(results.scores), 1)
+    ]
+    return measured + scored
 
 
 def _by_setting(records: Sequence[Record]) -> list[list[Record]]:
@@ -53,22 +134,24 @@ def _by_setting(records: Sequence[Record]) -> list[list[Record]]:
     return [ordered(list(group.values())) for group in groups.values()]
 
 
-def _section(number: int, records: Sequence[Record], made: Sequence[Chart]) -> dict[str, Any]:
-    chosen = [column for column in columns(records) if column is not PLAN]  # it stands below the strategy's name
-    return {
-        "number": number,
-        "model": records[0].model,
-        "setting": setting_of(records[0]),
-        "columns": chosen,
-        "rows": [(record, [_cell(column, record) for column in chosen]) for record in records],
-        "charts": [(chart, _in_script(json.dumps(_plotly(chart)))) for chart in made],
-        "continuations": [r for r in records if r.continuation and r.batch == min(x.batch for x in records)],
-    }
+def _scores_by_setting(scores: Sequence[Score]) -> list[list[Score]]:
+    """Scores that may stand in one table; of those of the same task and plan, the last."""
+    groups: dict[str, dict[tuple[str, str, str, str], Score]] = {}
+    for s in scores:
+        groups.setdefault(setting_line(s) + s.setting["code"], {})[s.task, s.metric, s.filter, s.plan] = s
+    return [list(group.values()) for group in groups.values()]
 
 
-def _cell(column: Column, record: Record) -> dict[str, Any]:
-    value = column.value(record)
-    return {"text": column.text(record), "sort": "" if value is None else value}
+def _continuations(records: Sequence[Record]) -> tuple[Record, ...]:
+    batch = min(r.batch for r in records)
+    return tuple(r for r in records if r.continuation and r.batch == batch)
+
+
+# -- for the template --------------------------------------------------------------------------------------------------------
+
+
+def _figure_json(chart: Chart) -> str:
+    return _in_script(json.dumps(figure(chart)))
 
 
 def _in_script(source: str) -> str:
@@ -76,111 +159,8 @@ def _in_script(source: str) -> str:
     return re.sub(r"</(?=script)", r"<\\/", source, flags=re.IGNORECASE)
 
 
-# -- interactive figures -----------------------------------------------------------------------------------------------------
-
-
-def _plotly(chart: Chart) -> dict[str, Any]:
-    """A chart as the data and layout of plotly.js."""
-    traces = {"lines": _line_traces, "bars": _bar_traces, "points": _point_traces}[chart.form](chart)
-    layout: dict[str, Any] = {
-        "xaxis": {"title": {"text": chart.x_label}, "automargin": True},
-        "yaxis": {"title": {"text": chart.y_label}, "automargin": True},
-        "margin": {"l": 10, "r": 10, "t": 10, "b": 10},
-        "height": 420,
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "hovermode": "closest",
-        "dragmode": False,
-        "legend": {"orientation": "h", "y": -0.2},
-    }
-    if chart.form == "bars":
-        layout["height"] = 110 + 24 * len(chart.series)
-        layout["yaxis"] |= {"autorange": "reversed", "ticksuffix": " "}
-        layout["showlegend"] = False
-    elif chart.form == "lines":
-        layout["yaxis"]["rangemode"] = "tozero"
-        layout["xaxis"] |= {"tickvals": sorted({x for s in chart.series for x in s.xs})}
-    else:
-        layout["xaxis"] |= {"type": "log", "tickvals": [2**n for n in range(-7, 20)]}
-        layout["yaxis"] |= {"type": "log", "dtick": 1, "exponentformat": "power"}
-        layout["showlegend"] = False
-    return {"data": traces, "layout": layout}
-
-
-def _bar_traces(chart: Chart) -> list[dict[str, Any]]:
-    bars: dict[str, Any] = {
-        "type": "bar",
-        "orientation": "h",
-        "x": [s.ys[-1] for s in chart.series],
-        "y": [s.label for s in chart.series],
-        "text": [f"{s.ys[-1]:.3g}" for s in chart.series],
-        "textposition": "auto",
-        "insidetextanchor": "start",
-        "marker": {"color": [_color(s) for s in chart.series]},
-        "hovertemplate": "%{y}: %{x:.4g}<extra></extra>",
-    }
-    if all(s.low is not None and s.high is not None for s in chart.series):
-        bars["error_x"] = {
-            "type": "data",
-            "symmetric": False,
-            "array": [(s.high or 0) - s.ys[-1] for s in chart.series],
-            "arrayminus": [s.ys[-1] - (s.low or 0) for s in chart.series],
-            "thickness": 1,
-        }
-    return [bars]
-
-
-def _line_traces(chart: Chart) -> list[dict[str, Any]]:
-    traces = []
-    for i, s in enumerate(chart.series):
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": s.label,
-                "x": s.xs,
-                "y": s.ys,
-                "line": {"color": _color(s), "dash": _DASHES[i % len(_DASHES)], "width": 2},
-                "marker": {"symbol": _SYMBOLS[s.changes], "size": 8},
-                "hovertemplate": f"{_plain(s.label)}: %{{y:.4g}}<extra></extra>",
-            }
-        )
-    return traces
-
-
-def _point_traces(chart: Chart) -> list[dict[str, Any]]:
-    xs, ys = zip(*chart.frontier, strict=True)
-    line = {
-        "type": "scatter",
-        "mode": "lines",
-        "x": xs,
-        "y": ys,
-        "hoverinfo": "skip",
-        "line": {"color": "#888", "dash": "dash"},
-    }
-    sides = ("middle right", "middle left")
-    points: list[dict[str, Any]] = [
-        {
-            "type": "scatter",
-            "mode": "markers+text",
-            "x": s.xs,
-            "y": s.ys,
-            "text": [_plain(s.label)],
-            # neighbours, which are in order of their bytes, get their names on different sides
-            "textposition": sides[i % 2],
-            "marker": {"color": _color(s), "symbol": _SYMBOLS[s.changes], "size": 11},
-            "cliponaxis": False,
-            "hovertemplate": f"{_plain(s.label)}: %{{x:.2f}} MiB, KL %{{y:.3g}}<extra></extra>",
-        }
-        for i, s in enumerate(chart.series)
-    ]
-    return [line, *points]
-
-
-def _color(series: Series) -> str:
-    return _COLORS[series.changes]
-
-
-def _plain(label: str) -> str:
-    """plotly.js reads a little HTML in labels, and %{…} in templates; plans hold neither by intent."""
-    return label.replace("&", "&amp;").replace("<", "&lt;").replace("%{", "% {")
+def _shade(value: float) -> str:
+    """Background and ink of a map's field: from orange at 0 over white to blue at 1; in grey the numbers tell them apart."""
+    ends: tuple[Changes, Changes] = ("which tokens stay", "how tokens are held")
+    strength = round(80 * min(1.0, abs(2 * value - 1)))
+    return f"background:color-mix(in srgb, {PAGE_COLORS[ends[value >= 0.5]]} {strength}%, #fff)"
