@@ -24,6 +24,7 @@ from kvfold.errors import ModelError, PlanError
 from kvfold.handle import Handle, SeenLength
 from kvfold.kv_cache import KVCache
 from kvfold.layer_cache import LayerCache, Shape
+from kvfold.models import step
 from kvfold.plan import Plan
 from kvfold.rope import Rope
 
@@ -44,11 +45,13 @@ def attach(model: PreTrainedModel) -> None:
     if model.config._attn_implementation != NAME:  # transformers only warns where a model's code takes no other attention
         delattr(model, _PREVIOUS)
         raise ModelError(f"{type(model).__name__} can't be served: {_OWN_ATTENTION}")
+    step.install(model, attention)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Gives a model its own attention back."""
     if (previous := getattr(model, _PREVIOUS, None)) is not None:
+        step.uninstall(model)
         model.set_attn_implementation(previous)
         delattr(model, _PREVIOUS)
 

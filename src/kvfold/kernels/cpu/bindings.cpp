@@ -84,7 +84,10 @@ void mass(nb::handle given, int rows, int groups, int queries, int head_dim, uin
 
 }  // namespace
 
+void bind_step(nb::module_& m);  // step_bindings.cpp
+
 NB_MODULE(_native, m) {
+  bind_step(m);
   nb::class_<Side>(m, "Side");
   nb::class_<Segment>(m, "Segment");
   m.def("side", &side);
