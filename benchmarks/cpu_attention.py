@@ -22,6 +22,7 @@ from kvfold.blocks import Blocks
 from kvfold.kernels import cpu
 from kvfold.plan import Plan
 from kvfold.segment import Run
+from kvfold.site import Site
 
 PLANS = {
     "full": "full",
@@ -50,7 +51,7 @@ def sdpa(args: argparse.Namespace, num_tokens: int) -> tuple[Callable[[], object
 
 def kvfold(args: argparse.Namespace, num_tokens: int, plan: str) -> tuple[Callable[[], object], int]:
     """The same over blocks that hold the tokens as the plan says."""
-    codec = Plan.parse(plan).store.codec(args.head_dim, torch.bfloat16)
+    codec = Plan.parse(plan).store.codec(Site(args.head_dim, torch.bfloat16))
     rows = args.kv_heads
     caches = [Blocks(codec, rows, torch.device("cpu"), contiguous=True, scored=False) for _ in range(args.layers)]
     for start in range(0, num_tokens, CHUNK):

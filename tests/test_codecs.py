@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kvfold.plan import Plan
 from kvfold.registry import methods
+from kvfold.site import Site
 from kvfold.store import affine
 from kvfold.store.affine import Affine, channel_group
 from kvfold.store.base import Fields, Store, TensorCodec
@@ -257,7 +258,7 @@ def test_float8_takes_a_byte_a_number_and_two_a_token(codec: Float8, head_dim: i
 
 @pytest.mark.parametrize(("plan", "bits"), [("int8", 8.5), ("int4", 4.5), ("int2", 2.5), ("fp8", 8.25), ("dense", 16)])
 def test_bits_an_element_of_the_defaults(plan: str, bits: float) -> None:
-    codec = Plan.parse(plan).store.codec(64, torch.bfloat16)
+    codec = Plan.parse(plan).store.codec(Site(64, torch.bfloat16))
     x = values("normal", 4, codec.block, 64)
     assert _size(codec.encode(x, x)) * 8 <= bits * 2 * x.numel()
 
@@ -269,7 +270,7 @@ def test_bits_an_element_of_the_defaults(plan: str, bits: float) -> None:
 @pytest.mark.parametrize("name", sorted(methods("store")))
 def test_every_store_attends_as_it_decodes(name: str, head_dim: int) -> None:
     store: Store = methods("store")[name]()
-    codec = store.codec(head_dim, torch.float32)
+    codec = store.codec(Site(head_dim, torch.float32))
     for seed, kind in enumerate(["normal", "constant channels", "one token large"]):
         k, v = values(kind, 3, codec.block, head_dim, seed=seed), values("normal", 3, codec.block, head_dim, seed=seed + 9)
         fields = codec.encode(k, v)
@@ -291,7 +292,7 @@ def test_every_store_attends_as_it_decodes(name: str, head_dim: int) -> None:
 @pytest.mark.parametrize("name", sorted(methods("store")))
 def test_every_store_is_nearer_with_more_bits_than_none(name: str) -> None:
     """A sanity bound for whatever is registered: decoded vectors point where the vectors did."""
-    codec = methods("store")[name]().codec(64, torch.float32)
+    codec = methods("store")[name]().codec(Site(64, torch.float32))
     k, v = values("normal", 4, codec.block, 64), values("normal", 4, codec.block, 64, seed=1)
     for x, y in zip((k, v), codec.decode(codec.encode(k, v)), strict=True):
         assert torch.cosine_similarity(x, y, dim=-1).mean() > 0.85

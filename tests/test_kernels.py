@@ -17,6 +17,7 @@ from kvfold.blocks import Blocks
 from kvfold.kernels import cpu
 from kvfold.plan import Plan
 from kvfold.segment import Run, Segment
+from kvfold.site import Site
 from kvfold.store.affine import Affine
 from kvfold.store.base import KVCodec, TensorCodec
 from kvfold.store.dense import DenseCodec
@@ -117,7 +118,7 @@ def test_every_codec_on_both_sides(codec: TensorCodec, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("num_groups", [1, 3, 7, 16])
 def test_plans_over_shapes(name: str, head_dim: int, num_groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    codec = Plan.parse(name).store.codec(head_dim, torch.bfloat16)
+    codec = Plan.parse(name).store.codec(Site(head_dim, torch.bfloat16))
     for length in LENGTHS if (head_dim, num_groups) in ((64, 3), (96, 7)) else (65,):
         case = Case(head_dim, length, num_groups)
         segment, query = blocks_of(codec, case), query_of(case)
@@ -185,7 +186,7 @@ def test_several_segments_in_one_call() -> None:
     query = query_of(case)
     turned = replace(query, q=query.q.flip(1))
     parts = [
-        (blocks_of(Plan.parse(name).store.codec(64, torch.float32), case), asked)
+        (blocks_of(Plan.parse(name).store.codec(Site(64, torch.float32)), case), asked)
         for name, asked in (("int4", query), ("int8(rotate=kv)", query), ("fp8", turned))
     ]
     k, v = torch.randn(2, 2, 70, 64)
@@ -202,7 +203,7 @@ def test_several_segments_in_one_call() -> None:
 def test_what_sees_nothing_is_zero() -> None:
     case = Case(length=64)
     query = replace(query_of(case), first_visible=torch.full((2, 1), 999))
-    got = dispatch.attend([(blocks_of(Plan.parse("int8").store.codec(64, torch.float32), case), query)])
+    got = dispatch.attend([(blocks_of(Plan.parse("int8").store.codec(Site(64, torch.float32)), case), query)])
     assert (got.out == 0).all()
     assert (got.lse == -torch.inf).all()
 
@@ -212,7 +213,7 @@ def test_large_scores_do_not_overflow() -> None:
     query = query_of(case)
     check(blocks_of(KVCodec(DenseCodec(torch.float32), DenseCodec(torch.float32)), case), query, pytest.MonkeyPatch())
     huge = replace(query, q=query.q * 1e4)
-    got = dispatch.attend([(blocks_of(Plan.parse("int8").store.codec(64, torch.float32), case), huge)])
+    got = dispatch.attend([(blocks_of(Plan.parse("int8").store.codec(Site(64, torch.float32)), case), huge)])
     assert got.out.isfinite().all()
     assert got.lse.isfinite().all()
 
@@ -297,7 +298,7 @@ def describe(codec: KVCodec, change: str, value: object) -> None:
 )
 def test_wrong_blocks_are_refused(change: str, value: object) -> None:
     with pytest.raises(ValueError, match=r"must be|names blocks|scales"):
-        describe(Plan.parse("int8").store.codec(64, torch.float32), change, value)
+        describe(Plan.parse("int8").store.codec(Site(64, torch.float32)), change, value)
 
 
 def test_wrong_runs_and_queries_are_refused() -> None:

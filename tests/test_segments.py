@@ -12,6 +12,7 @@ from kvfold.attention.reference import Query, merge
 from kvfold.blocks import Blocks
 from kvfold.plan import Plan
 from kvfold.segment import Run, join
+from kvfold.site import Site
 from kvfold.store.base import KVCodec
 
 HEAD_DIM = 16
@@ -20,7 +21,7 @@ CODECS = ["dense", "int8(k_axis=token, rotate=none)", "int4", "int2", "fp8", "ki
 
 
 def codec_of(plan: str, head_dim: int = HEAD_DIM) -> KVCodec:
-    return Plan.parse(plan).store.codec(head_dim, torch.float32)
+    return Plan.parse(plan).store.codec(Site(head_dim, torch.float32))
 
 
 def run_of(counts: list[int], firsts: list[int], head_dim: int = HEAD_DIM, seed: int = 0, scored: bool = False) -> Run:

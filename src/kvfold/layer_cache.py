@@ -7,7 +7,6 @@ that its own queries were to see. Everything that the layer holds is in three se
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,18 +20,9 @@ from kvfold.errors import PlanError
 from kvfold.handle import Handle, SeenLength
 from kvfold.keep.base import KeepContext
 from kvfold.plan import LayerPlan
-from kvfold.rope import Rope
 from kvfold.segment import Run, Segment, join
+from kvfold.site import Site
 from kvfold.store.base import part
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a layer holds vectors of."""
-
-    num_kv_heads: int
-    head_dim: int
-    num_layers: int
 
 
 class LayerCache(CacheLayerMixin):
@@ -45,9 +35,11 @@ class LayerCache(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, index: int, shape: Shape, plan: LayerPlan, rope: Rope | None = None):
+    def __init__(self, site: Site, plan: LayerPlan):
         super().__init__()
-        self.index, self.shape, self.plan, self.rope = index, shape, plan, rope
+        self.site, self.plan = site, plan
+        self.codec = plan.store.codec(site)
+        self.rope = site.model.rope() if plan.keep and plan.keep.reindex and site.model else None
         self.is_croppable = plan.keep is None
         self.num_seen = 0
         self.num_real: list[int] = []  # tokens seen that are not padding, for each sequence
@@ -60,11 +52,10 @@ class LayerCache(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         rows = batch * heads
         keep = self.plan.keep
-        codec = self.plan.store.codec(head_dim, self.dtype)
         scored = keep is not None and keep.scored
         self.sink = Run.empty(rows, head_dim, self.dtype, self.device, scored=False)
         self.recent = Run.empty(rows, head_dim, self.dtype, self.device, scored)
-        self.body = Blocks(codec, rows, self.device, contiguous=keep is None, scored=scored)
+        self.body = Blocks(self.codec, rows, self.device, contiguous=keep is None, scored=scored)
         self.num_real = [0] * batch
         self.is_initialized = True
 
@@ -128,7 +119,7 @@ class LayerCache(CacheLayerMixin):
         if not self.is_initialized:
             return
         indices = indices.to(self.device)
-        heads = torch.arange(self.shape.num_kv_heads, device=self.device)
+        heads = torch.arange(self.site.num_kv_heads, device=self.device)
         rows = (indices[:, None] * len(heads) + heads).flatten()
         self.sink, self.recent = self.sink.rows(rows), self.recent.rows(rows)
         self.body.select_rows(rows)
@@ -151,7 +142,7 @@ class LayerCache(CacheLayerMixin):
             `[B, Q, Hq, D]`, in the type of q.
         """
         batch, num_query_heads, num_queries, head_dim = q.shape
-        heads = self.shape.num_kv_heads
+        heads = self.site.num_kv_heads
         rows, groups = batch * heads, num_query_heads // heads
         first = self.num_seen - num_queries
         slots = torch.arange(first, self.num_seen, device=q.device)
@@ -191,7 +182,7 @@ class LayerCache(CacheLayerMixin):
             self.num_real = [n + num_new for n in self.num_real]
         if scored:
             assert self.plan.keep is not None
-            run.score = self.plan.keep.first_score(run.k, KeepContext(run.slots.long(), heads, self.index))
+            run.score = self.plan.keep.first_score(run.k, KeepContext(run.slots.long(), heads, self.site.layer))
         return run
 
     def _ranks(self, num_queries: int, real: torch.Tensor | None, device: torch.device) -> torch.Tensor:
@@ -214,7 +205,7 @@ class LayerCache(CacheLayerMixin):
         else:  # padding may lie between the turns of a batch: count real tokens, not slots
             real_so_far = padding[:, : self.num_seen].long().cumsum(1)
             first = torch.searchsorted(real_so_far, (ranks + 2 - window).contiguous())
-        return first.repeat_interleave(self.shape.num_kv_heads, 0)
+        return first.repeat_interleave(self.site.num_kv_heads, 0)
 
     def _allowed(self, num_real: torch.Tensor) -> torch.Tensor:
         """Tokens that a row may hold after so many, sinks included; one beside the sinks at least."""
@@ -275,7 +266,7 @@ class LayerCache(CacheLayerMixin):
         if keep.scored:
             self._observe(query, chunk, lse)
         slots = torch.cat([self.body.slots(), self.recent.slots.long(), chunk.slots.long()], 1)
-        heads = self.shape.num_kv_heads
+        heads = self.site.num_kv_heads
         allowed = self._allowed(torch.tensor(self.num_real, device=slots.device)).repeat_interleave(heads)
         allowed = allowed - self.sink.counts()
         if not bool(((slots >= 0).sum(1) > allowed).any()):
@@ -285,7 +276,7 @@ class LayerCache(CacheLayerMixin):
             assert self.recent.score is not None
             assert chunk.score is not None
             score = torch.cat([self.body.score(), self.recent.score, chunk.score], 1)
-        rank = keep.rank(score, KeepContext(slots, heads, self.index))
+        rank = keep.rank(score, KeepContext(slots, heads, self.site.layer))
         pinned = latest(slots, [min(keep.recent.tokens(n), n) for n in allowed.tolist()])
         rank = rank.masked_fill(pinned, torch.inf).masked_fill(slots < 0, -torch.inf)
         stays = split_over_heads(rank, allowed, heads, keep.heads)
@@ -316,12 +307,12 @@ class LayerCache(CacheLayerMixin):
 
     def _store(self, chunk: Run) -> None:
         """New tokens join the recent ones; what is older than the dense window is encoded."""
-        if self.body.codec.unit == "token" and self.plan.window == 0:
+        if self.codec.unit == "token" and self.plan.window == 0:
             self.body.append(chunk)
             self.body.tidy()
             return
         dense = join(self.recent, chunk)
-        unit = self.body.pool.block if self.body.codec.unit == "block" else 1
+        unit = self.body.pool.block if self.codec.unit == "block" else 1
         if dense.width - self.plan.window < unit:  # nothing to encode in the longest row
             self.recent = dense.owned()
             return
@@ -336,10 +327,10 @@ class LayerCache(CacheLayerMixin):
         """How many tokens fit into this layer's part of a budget of bytes, everything counted."""
         keep = self.plan.keep
         assert keep is not None
-        head_dim, block = self.shape.head_dim, self.body.codec.block
-        rows = self.batch_size * self.shape.num_kv_heads * self.shape.num_layers
+        head_dim, block = self.site.head_dim, self.codec.block
+        rows = self.batch_size * self.site.num_kv_heads * self.site.num_layers
         per_block = self.body.block_bytes(head_dim)
-        num_dense = self.plan.sink + self.plan.window + (block - 1 if self.body.codec.unit == "block" else 0)
+        num_dense = self.plan.sink + self.plan.window + (block - 1 if self.codec.unit == "block" else 0)
         dense_bytes = num_dense * (2 * head_dim * self.dtype.itemsize + 4 + 4 * keep.scored)
         num_blocks = int((keep.budget.value / rows - dense_bytes) // per_block)
         if num_blocks < 1:
@@ -364,7 +355,7 @@ class LayerCache(CacheLayerMixin):
         """Takes over what `state` gave; the layer must be new and of the same plan. `dtype` is the model's."""
         if not tensors:
             return
-        batch, heads, head_dim = len(numbers["num_real"]), self.shape.num_kv_heads, self.shape.head_dim
+        batch, heads, head_dim = len(numbers["num_real"]), self.site.num_kv_heads, self.site.head_dim
         none = torch.empty(batch, heads, 0, head_dim, dtype=dtype, device=device)
         self.lazy_initialization(none, none)
         self.num_seen, self.num_real = numbers["num_seen"], list(numbers["num_real"])
@@ -379,9 +370,7 @@ class LayerCache(CacheLayerMixin):
     @property
     def kernel(self) -> str:
         """The kernel that attends to the encoded tokens."""
-        if self.is_initialized:
-            return dispatch.kernel_name(self.body.codec, self.device.type)
-        return dispatch.kernel_name(self.plan.store.codec(self.shape.head_dim, torch.float32))
+        return dispatch.kernel_name(self.codec, self.device.type if self.is_initialized else "cpu")
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that the layer holds, named by its segment and purpose."""

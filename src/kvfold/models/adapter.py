@@ -9,7 +9,6 @@ tensors.
 """
 
 import hashlib
-import sys
 from typing import Any
 
 import torch
@@ -23,10 +22,11 @@ from transformers.modeling_utils import AttentionInterface
 from kvfold.errors import ModelError, PlanError
 from kvfold.handle import Handle, SeenLength
 from kvfold.kv_cache import KVCache
-from kvfold.layer_cache import LayerCache, Shape
+from kvfold.layer_cache import LayerCache
 from kvfold.models import step
+from kvfold.models.layer import ModelLayer, head_dim_of
 from kvfold.plan import Plan
-from kvfold.rope import Rope
+from kvfold.site import Site
 
 NAME = "kvfold"
 _PREVIOUS = "_kvfold_previous_attention"
@@ -75,17 +75,22 @@ def cache(model: PreTrainedModel, plan: str | Plan) -> KVCache:
     config = model.config.get_text_config(decoder=True)
     windows = sliding_windows(config)
     served = [i for i, window in enumerate(windows) if window is None]
-    head_dim = _head_dim(config)
-    shape = Shape(config.num_key_value_heads, head_dim, len(served))
     layers: list[LayerCache | DynamicSlidingWindowLayer] = []
     for i, window in enumerate(windows):
         if window is not None:
             layers.append(DynamicSlidingWindowLayer(sliding_window=window))
             continue
-        layer_plan = resolved.layer(served.index(i), len(served))
-        _check_codec(layer_plan.store.codec(head_dim, model.dtype), head_dim, str(resolved))
-        rope = _rope(model, i) if layer_plan.keep and layer_plan.keep.reindex else None
-        layers.append(LayerCache(i, shape, layer_plan, rope))
+        site = Site(
+            head_dim=head_dim_of(config),
+            dtype=model.dtype,
+            num_kv_heads=config.num_key_value_heads,
+            num_query_heads=config.num_attention_heads,
+            layer=served.index(i),
+            num_layers=len(served),
+            model=ModelLayer(model, i),
+        )
+        layers.append(LayerCache(site, resolved.layer(site.layer, site.num_layers)))
+        _check_codec(layers[-1], str(resolved))
     return KVCache(resolved, layers, fingerprint(model))
 
 
@@ -97,7 +102,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "num_layers": config.num_hidden_layers,
         "num_query_heads": config.num_attention_heads,
         "num_kv_heads": config.num_key_value_heads,
-        "head_dim": _head_dim(config),
+        "head_dim": head_dim_of(config),
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
         "rope": str(getattr(config, "rope_parameters", None)),
@@ -154,42 +159,18 @@ def _why_not(model: PreTrainedModel) -> str | None:
     caps = [name for name in vars(config) if "softcap" in name and "final" not in name and getattr(config, name)]
     if any(name != "attn_logit_softcapping" for name in caps):
         return f"its scores are capped in a way that is not known here ({', '.join(caps)})"
-    if _head_dim(config) % 4:
-        return f"its head dim {_head_dim(config)} is not a multiple of 4, so that 2-bit codes don't fill bytes"
+    if head_dim_of(config) % 4:
+        return f"its head dim {head_dim_of(config)} is not a multiple of 4, so that 2-bit codes don't fill bytes"
     return None
 
 
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _check_codec(codec: Any, head_dim: int, plan: str) -> None:
-    probe = torch.zeros(1, codec.block, head_dim)
+def _check_codec(layer: LayerCache, plan: str) -> None:
+    head_dim = layer.site.head_dim
+    probe = torch.zeros(1, layer.codec.block, head_dim)
     try:
-        codec.encode(probe, probe)
+        layer.codec.encode(probe, probe)
     except ValueError as error:
         raise PlanError(f"'{plan}' does not suit a head dim of {head_dim}: {error}") from error
-
-
-def _rope(model: PreTrainedModel, layer: int) -> Rope:
-    """The rotation of a layer's queries, tried against the model's own."""
-    decoder = model.get_decoder()
-    config = model.config.get_text_config(decoder=True)
-    embedding = getattr(decoder, "rotary_emb", None)
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    inv_freq = getattr(embedding, f"{types[layer]}_inv_freq", getattr(embedding, "inv_freq", None))
-    rotate = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
-    if inv_freq is None or rotate is None:
-        raise ModelError("positions can't be re-indexed in this model, it has no rotary embedding; add reindex=false")
-    if "dynamic" in str(getattr(embedding, "rope_type", "")) or "longrope" in str(getattr(embedding, "rope_type", "")):
-        raise ModelError("positions can't be re-indexed where RoPE changes with the length; add reindex=false")
-    rope = Rope(inv_freq.detach().float().cpu())
-    angle = torch.cat([7 * rope.inv_freq] * 2)[None, None]
-    x = torch.randn(1, 1, 1, _head_dim(config), generator=torch.Generator().manual_seed(0))
-    theirs = rotate(x, x, angle.cos(), angle.sin())[0]
-    if not torch.allclose(theirs, rope.rotate(x, torch.tensor(7)), atol=1e-4):
-        raise ModelError("this model pairs its rotary channels in another way; add reindex=false")
-    return rope
 
 
 # -- what transformers calls -------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from typing import ClassVar, Literal
 
 import torch
 
+from kvfold.site import Site
+
 Fields = dict[str, torch.Tensor]
 """The tensors that hold encoded tokens: name to `[..., T, *]` (one entry a token) or `[..., *]` (one a block)."""
 
@@ -102,7 +104,7 @@ class Store(ABC):
     window: int
 
     @abstractmethod
-    def codec(self, head_dim: int, dtype: torch.dtype) -> KVCodec:
+    def codec(self, site: Site) -> KVCodec:
         """The codecs for a layer. Raises PlanError when the method can't hold vectors of this size."""
 
     def check(self) -> None:  # noqa: B027  (most methods have nothing to check)

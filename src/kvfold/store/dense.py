@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from kvfold.registry import register
+from kvfold.site import Site
 from kvfold.store.base import Fields, KVCodec, Store, TensorCodec
 
 
@@ -40,5 +41,5 @@ class Dense(Store):
     sink: int = 0
     window: int = 0
 
-    def codec(self, head_dim: int, dtype: torch.dtype) -> KVCodec:
-        return KVCodec(DenseCodec(dtype), DenseCodec(dtype))
+    def codec(self, site: Site) -> KVCodec:
+        return KVCodec(DenseCodec(site.dtype), DenseCodec(site.dtype))

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from kvfold.registry import register
+from kvfold.site import Site
 from kvfold.store.base import Fields, KVCodec, Store, TensorCodec
 
 _TYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -70,6 +71,6 @@ class FP8(Store):
     sink: int = 0
     window: int = 0
 
-    def codec(self, head_dim: int, dtype: torch.dtype) -> KVCodec:
+    def codec(self, site: Site) -> KVCodec:
         codec = Float8(self.format, self.scale)
         return KVCodec(codec, codec)

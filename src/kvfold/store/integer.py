@@ -7,9 +7,8 @@ counted, and that hold on models with large k_proj biases; docs/log.md has the c
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
 from kvfold.registry import register
+from kvfold.site import Site
 from kvfold.store.affine import Affine, Axis, Scales
 from kvfold.store.base import KVCodec, Store, TensorCodec
 from kvfold.store.rotation import Rotated
@@ -30,13 +29,13 @@ class _Integer(Store):
     window: int = 0
     bits: ClassVar[int]
 
-    def codec(self, head_dim: int, dtype: torch.dtype) -> KVCodec:
+    def codec(self, site: Site) -> KVCodec:
         k: TensorCodec = Affine(self.bits, self.k_axis, self.k_group, "k" in self.symmetric, self.scales)
         v: TensorCodec = Affine(self.bits, self.v_axis, self.v_group, "v" in self.symmetric, self.scales)
         if "k" in self.rotate:
-            k = Rotated(k, head_dim)
+            k = Rotated(k, site.head_dim)
         if "v" in self.rotate:
-            v = Rotated(v, head_dim)
+            v = Rotated(v, site.head_dim)
         return KVCodec(k, v)
 
 

@@ -10,9 +10,8 @@ Differs from the paper in that the residual leaves in blocks of 64 tokens: it ho
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from kvfold.registry import register
+from kvfold.site import Site
 from kvfold.store.affine import Affine
 from kvfold.store.base import KVCodec, Store
 
@@ -31,6 +30,6 @@ class Kivi(Store):
     def window(self) -> int:  # type: ignore[override]
         return self.residual
 
-    def codec(self, head_dim: int, dtype: torch.dtype) -> KVCodec:
+    def codec(self, site: Site) -> KVCodec:
         bits = int(self.codes.removeprefix("int"))
         return KVCodec(Affine(bits, "channel", self.group), Affine(bits, "token", self.group))

@@ -6,9 +6,8 @@ K needs more bits than V: its errors are amplified by the softmax, those of V ar
 
 from dataclasses import dataclass, field
 
-import torch
-
 from kvfold.registry import register
+from kvfold.site import Site
 from kvfold.store.base import KVCodec, Store
 from kvfold.store.integer import Int4, Int8
 
@@ -33,5 +32,5 @@ class Mixed(Store):
         self.k.check()
         self.v.check()
 
-    def codec(self, head_dim: int, dtype: torch.dtype) -> KVCodec:
-        return KVCodec(self.k.codec(head_dim, dtype).k, self.v.codec(head_dim, dtype).v)
+    def codec(self, site: Site) -> KVCodec:
+        return KVCodec(self.k.codec(site).k, self.v.codec(site).v)

@@ -1,0 +1,67 @@
+"""What methods may ask of one attention layer of a transformers model: its rotation, its projections."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvfold.errors import ModelError
+from kvfold.models.weights import PackedLinear
+from kvfold.rope import Rope
+from kvfold.site import Projections
+
+_FIXED = "keys and queries of this model can't be turned to other positions"
+_HINT = "(where the method takes it, add reindex=false)"
+
+
+@dataclass(frozen=True)
+class ModelLayer:
+    """The layer `index` of a model, counted over all of its layers."""
+
+    model: PreTrainedModel
+    index: int
+
+    def rope(self) -> Rope:
+        """The rotation of the layer's queries and keys, tried against the model's own."""
+        decoder = self.model.get_decoder()
+        config = self.model.config.get_text_config(decoder=True)
+        embedding = getattr(decoder, "rotary_emb", None)
+        types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        inv_freq = getattr(embedding, f"{types[self.index]}_inv_freq", getattr(embedding, "inv_freq", None))
+        rotate = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
+        if inv_freq is None or rotate is None:
+            raise ModelError(f"{_FIXED}: it has no rotary embedding {_HINT}")
+        kind = str(getattr(embedding, "rope_type", ""))
+        if "dynamic" in kind or "longrope" in kind:
+            raise ModelError(f"{_FIXED}: its RoPE changes with the length {_HINT}")
+        rope = Rope(inv_freq.detach().float().cpu())
+        angle = torch.cat([7 * rope.inv_freq] * 2)[None, None]
+        x = torch.randn(1, 1, 1, head_dim_of(config), generator=torch.Generator().manual_seed(0))
+        theirs = rotate(x, x, angle.cos(), angle.sin())[0]
+        if not torch.allclose(theirs, rope.rotate(x, torch.tensor(7)), atol=1e-4):
+            raise ModelError(f"{_FIXED}: it pairs its rotary channels in another way {_HINT}")
+        return rope
+
+    def projections(self) -> Projections:
+        """The weights of k_proj and v_proj, by KV head."""
+        k, v = (self._projection(name) for name in ("k_proj", "v_proj"))
+        return Projections(k[0], v[0], k[1], v[1])
+
+    def _projection(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        config = self.model.config.get_text_config(decoder=True)
+        layers: Any = getattr(self.model.get_decoder(), "layers", ())
+        attention = getattr(layers[self.index], "self_attn", None) if layers else None
+        linear = getattr(attention, name, None)
+        weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+        if isinstance(linear, PackedLinear):
+            weight = linear.dense()
+        if not isinstance(weight, torch.Tensor):
+            raise ModelError(f"this plan needs the weights of {name}, and {type(self.model).__name__} has none of that name")
+        by_head = (config.num_key_value_heads, head_dim_of(config))
+        return weight.detach().view(*by_head, -1), None if bias is None else bias.detach().view(by_head)
+
+
+def head_dim_of(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
