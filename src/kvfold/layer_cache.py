@@ -23,6 +23,7 @@ from kvfold.plan import LayerPlan
 from kvfold.segment import Run, Segment, join
 from kvfold.site import Site
 from kvfold.store.base import part
+from kvfold.tail import Tail
 
 
 class LayerCache(CacheLayerMixin):
@@ -43,6 +44,7 @@ class LayerCache(CacheLayerMixin):
         self.is_croppable = plan.keep is None
         self.num_seen = 0
         self.num_real: list[int] = []  # tokens seen that are not padding, for each sequence
+        self._tail: Tail | None = None
 
     # -- the contract with transformers ----------------------------------------------------------------------------------
 
@@ -54,8 +56,8 @@ class LayerCache(CacheLayerMixin):
         keep = self.plan.keep
         scored = keep is not None and keep.scored
         self.sink = Run.empty(rows, head_dim, self.dtype, self.device, scored=False)
-        self.recent = Run.empty(rows, head_dim, self.dtype, self.device, scored)
-        self.body = Blocks(self.codec, rows, self.device, contiguous=keep is None, scored=scored)
+        self.recent = self._nothing = Run.empty(rows, head_dim, self.dtype, self.device, scored)
+        self._body = Blocks(self.codec, rows, self.device, contiguous=keep is None, scored=scored)
         self.num_real = [0] * batch
         self.is_initialized = True
 
@@ -86,7 +88,8 @@ class LayerCache(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets all tokens and gives their memory back."""
         self.num_seen, self.num_real, self.is_initialized = 0, [], False
-        for name in ("sink", "recent", "body"):
+        self._tail = None
+        for name in ("sink", "_recent", "_body", "_nothing"):
             self.__dict__.pop(name, None)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -125,6 +128,53 @@ class LayerCache(CacheLayerMixin):
         self.body.select_rows(rows)
         self.num_real = [self.num_real[i] for i in indices.tolist()]
 
+    # -- tokens that come one by one -------------------------------------------------------------------------------------
+
+    @property
+    def body(self) -> Blocks:
+        self._close_tail()
+        return self._body
+
+    @property
+    def recent(self) -> Run:
+        self._close_tail()
+        return self._recent
+
+    @recent.setter
+    def recent(self, run: Run) -> None:
+        self._recent = run
+
+    def tail(self) -> Tail | None:
+        """Where the next token of every sequence goes if nothing else is to happen; None when it has to go the long way."""
+        if self._tail is not None and self._tail.left > 0:
+            return self._tail
+        if not self.is_initialized or self.plan.keep is not None or any(n != self.num_seen for n in self.num_real):
+            return None
+        if self.plan.sink and not (self.sink.whole and self.sink.width == self.plan.sink):
+            return None
+        self._close_tail()
+        self._tail = Tail.open(self.sink, self._body, self._recent, self.plan.window)
+        return self._tail
+
+    def took(self, tail: Tail) -> None:
+        """Counts the token that the compiled step has put into the tail."""
+        tail.take()
+        self.num_seen += 1
+        self.num_real = [n + 1 for n in self.num_real]
+
+    def _close_tail(self) -> None:
+        tail, self._tail = self._tail, None
+        if tail is None or not tail.taken:
+            return
+        if tail.in_body:
+            self._body.lengths = [n + tail.taken for n in self._body.lengths]
+        else:
+            self._recent = self._recent.longer(tail.taken)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._close_tail()
+        return self.__dict__
+
     # -- attention -------------------------------------------------------------------------------------------------------
 
     def attend(
@@ -157,6 +207,8 @@ class LayerCache(CacheLayerMixin):
             softcap=softcap,
         )
         chunk = self._fill_sinks(chunk)
+        if self._joins_first:
+            chunk, self.recent = join(self.recent, chunk), self._nothing
         result = self._attend_all(query, chunk, ranks)
         lse = result.lse
         if real is not None:  # padding asks nothing: no token gains by its queries
@@ -165,6 +217,11 @@ class LayerCache(CacheLayerMixin):
         self._settle(query, chunk, lse)
         out = result.out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
         return out.transpose(1, 2).to(q.dtype)
+
+    @property
+    def _joins_first(self) -> bool:
+        """Whether new tokens join the recent ones before they are attended to: one segment less."""
+        return self.plan.keep is None and (self.codec.unit == "block" or self.plan.window > 0)
 
     def _chunk(self, handle: Handle, slots: torch.Tensor, real: torch.Tensor | None) -> Run:
         """The new tokens as a run, without padding."""

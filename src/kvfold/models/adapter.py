@@ -197,6 +197,8 @@ def attention(
             raise ModelError("a compressed cache takes a 2-D attention mask (batch, tokens), which says where padding is")
         if module.training:
             raise ModelError("a compressed cache serves inference, no gradients pass through it: call model.eval() first")
+        if not torch.is_grad_enabled():
+            return key.layer.attend(key, query, attention_mask, scaling, softcap), None
         with torch.no_grad():
             return key.layer.attend(key, query, attention_mask, scaling, softcap), None
     return _plain(query, key, value, attention_mask, scaling, softcap), None

@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 from kvfold.handle import Handle
 from kvfold.kernels import cpu
 from kvfold.kernels.cpu import step
+from kvfold.kv_cache import KVCache
+from kvfold.layer_cache import LayerCache
 from kvfold.models.weights import PackedLinear
 
 _LINEARS = (
@@ -132,9 +134,15 @@ class CompiledLayer:
         built = self._built
         assert built is not None
         native = built.native
-        q, k, v = (
-            x.unflatten(2, (-1, native.head_dim)).transpose(1, 2) for x in native.before_attention(hidden, positions[0], positions[1])
-        )
+        layer = cache.layers[built.index] if isinstance(cache, KVCache) else None
+        if mask is None and hidden.shape[1] == 1 and isinstance(layer, LayerCache) and layer.batch_size == hidden.shape[0]:
+            tail = layer.tail()
+            if tail is not None:
+                out = native.step(tail.native, hidden, *positions, self.scaling, self.softcap)
+                layer.took(tail)
+                return out
+        q, k, v = native.before_attention(hidden, positions[0], positions[1])
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         key, value = cache.update(k, v, built.index)
         if not isinstance(key, Handle):
             q = q.to(key.dtype)
@@ -200,8 +208,8 @@ class _Built:
         self.index = int(_known(self.module, "layer_idx"))
         mlp = _child(layer, "mlp")
         owners = {"self_attn": self.module, "mlp": mlp}
-        self.linears = [(owners[owner]._modules, name, _Current(_child(owners[owner], name))) for owner, name in _LINEARS]
-        views = tuple(current.view for _, _, current in self.linears)
+        linears = [_Current(_child(owners[owner], name)) for owner, name in _LINEARS]
+        views = tuple(current.view for current in linears)
         head_dim = int(_known(self.module, "head_dim"))
         hidden = views[3].rows
         norm = {name: child for name, child in layer.named_children() if name.endswith("layernorm")}
@@ -227,23 +235,35 @@ class _Built:
             (norm[before_mlp], hidden),
             (norm.get(after_mlp or ""), hidden),
         )
-        self.norms = [(module, module.weight, module.weight._version) for module, _ in kinds if module is not None]
         norms = tuple(_norm(module, size) for module, size in kinds)
         heads = views[0].rows // head_dim, views[1].rows // head_dim
         try:
             self.native = step.DecoderLayer(views, norms, *heads, head_dim, activation, dtype)
         except ValueError as error:
             raise Unknown(str(error)) from error
-        self.modules = [self.module, mlp, *self.module.children(), *mlp.children(), *norm.values()]
+        used_norms = [module for module, _ in kinds if module is not None]
+        self._norm_weights = [module.weight for module in used_norms]
+        self._versions = [weight._version for weight in self._norm_weights]
+        self._tensors = [current.tensor for current in linears]
+        self._addresses = [current.address for current in linears]
+        self._places: list[tuple[dict[str, Any], str]] = [(owners[owner]._modules, name) for owner, name in _LINEARS]
+        self._places += [(c.module._parameters, "weight" if "weight" in c.module._parameters else "packed") for c in linears]
+        self._places += [(module._parameters, "weight") for module in used_norms]
+        self._parts: list[Any] = [*(c.module for c in linears), *self._tensors, *self._norm_weights]
+        watched = [self.module, mlp, *self.module.children(), *mlp.children(), *norm.values()]
+        self._hooks = [hooks for m in watched for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def stands(self) -> bool:
-        return all(
-            parts.get(name) is current.module and current.stands() for parts, name, current in self.linears
-        ) and all(module.weight is weight and weight._version == version for module, weight, version in self.norms)
+        """Whether all parts, their weights and their memory are what they were. Called for each layer and token: kept cheap."""
+        return (
+            [parts.get(name) for parts, name in self._places] == self._parts
+            and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
+            and [weight._version for weight in self._norm_weights] == self._versions
+        )
 
     def watched(self) -> bool:
         """Whether someone listens to a module that the compiled step does not call."""
-        return any(m._forward_hooks or m._forward_pre_hooks for m in self.modules)
+        return any(self._hooks)
 
 
 class _Probe:

@@ -1,8 +1,18 @@
 // The parts of a decoder layer before and after its attention, and single matrices, on threads.
 #pragma once
+#include <vector>
+
+#include "attention.h"
 #include "step.h"
 
 namespace kvfold {
+
+// The segments of a layer's cache, oldest first; all rows hold the same slots. Tokens are put behind the last segment, a run or
+// dense blocks, for which it must have room.
+struct Tail {
+  std::vector<Segment> segments;
+  std::vector<std::vector<int64_t>> starts, lengths;  // by segment and row; empty where a segment has slots
+};
 
 // Cosines and sines by token, [count, size], or [1, size] where all tokens have the same position.
 struct Positions {
@@ -24,5 +34,9 @@ void before_attention(const DecoderLayer&, const void* hidden, int count, const 
 
 // The layer's output [count, H], given its input and the attention's output [count, Hq * D].
 void after_attention(const DecoderLayer&, const void* hidden, const float* attended, int count, void* out, int num_threads);
+
+// The whole layer for the next token of every sequence: `hidden [count, H]` to `out [count, H]`; its keys and values go to the tail.
+void step(const DecoderLayer&, Tail&, const void* hidden, int count, const Positions&, float scaling, float softcap, void* out,
+          int num_threads);
 
 }  // namespace kvfold

@@ -57,7 +57,8 @@ struct Vectors {
 
 struct Memory {
   Vectors normed, attended, inner;
-  std::vector<float> hidden, q, k, v, up, out, cos, sin;
+  std::vector<float> hidden, q, k, v, up, out, cos, sin, attention, lse;
+  std::vector<uint8_t> keys, values;
 };
 
 Memory& memory() {
@@ -189,6 +190,56 @@ void after_attention(const DecoderLayer& layer, const void* hidden, const float*
   multiply_all(layer.down, mem.inner, mem.out.data());
   add(layer.after_mlp);
   k.save(layer.number, mem.hidden.data(), int64_t(count) * size, out);
+}
+
+namespace {
+
+// Behind the last token of a row, in K or V of a segment.
+void* end_of(const Segment& s, const Side& side, int row, int64_t length) {
+  const uint8_t* place = side.codes + length % s.block * side.line_bytes;
+  if (s.table) {
+    place += s.table[int64_t(row) * s.columns + length / s.block] * side.block_bytes;
+  } else {
+    place = side.codes + row * side.row_bytes + length * side.line_bytes;
+  }
+  return const_cast<uint8_t*>(place);
+}
+
+}  // namespace
+
+void step(const DecoderLayer& layer, Tail& tail, const void* hidden, int count, const Positions& positions, float scaling, float softcap,
+          void* out, int num_threads) {
+  Memory& mem = memory();
+  const int d = layer.head_dim, rows = count * layer.num_kv_heads, groups = layer.num_query_heads / layer.num_kv_heads;
+  const int64_t bytes = d * (layer.number == Number::F32 ? 4 : 2);
+  mem.q.resize(int64_t(rows) * groups * d);
+  mem.keys.resize(rows * bytes);
+  mem.values.resize(rows * bytes);
+  before_attention(layer, hidden, count, positions, mem.q.data(), mem.keys.data(), mem.values.data(), num_threads);
+  for (float& x : mem.q) x *= scaling;
+
+  const Segment& last = tail.segments.back();
+  std::vector<int64_t>& lengths = tail.lengths.back();
+  for (int row = 0; row < rows; row++) {
+    std::memcpy(end_of(last, last.k, row, lengths[row]), mem.keys.data() + row * bytes, bytes);
+    std::memcpy(end_of(last, last.v, row, lengths[row]), mem.values.data() + row * bytes, bytes);
+    lengths[row]++;
+  }
+  const int64_t slot = tail.starts.back()[0] + lengths[0] - 1;
+
+  std::vector<Part> parts;
+  for (size_t i = 0; i < tail.segments.size(); i++) {
+    Part part = {};
+    part.segment = &tail.segments[i];
+    part.q = mem.q.data();
+    part.starts = tail.starts[i].data();
+    part.lengths = tail.lengths[i].data();
+    parts.push_back(part);
+  }
+  mem.attention.resize(int64_t(rows) * groups * d);
+  mem.lse.resize(rows * groups);
+  attend({rows, groups, 1, d, &slot, softcap}, parts, mem.attention.data(), mem.lse.data(), num_threads);
+  after_attention(layer, hidden, mem.attention.data(), count, out, num_threads);
 }
 
 }  // namespace kvfold

@@ -20,6 +20,7 @@ MOST_VECTORS = 8
 
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMS = {**_NUMBERS, "int4": 3, "int8": 4}
+_KNOWN = {*_NUMBERS, torch.uint8}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
@@ -131,6 +132,7 @@ class DecoderLayer:
     ):
         q, k, v, o, gate, up, down = weights
         self.hidden, self.dtype, self.head_dim = o.rows, dtype, head_dim
+        self.num_query_heads, self.num_kv_heads = num_query_heads, num_kv_heads
         self.q_size, self.kv_size = num_query_heads * head_dim, num_kv_heads * head_dim
         shapes = [(w.rows, w.columns) for w in weights]
         inner = gate.rows
@@ -163,22 +165,12 @@ class DecoderLayer:
             cos, sin: `[1 or B, Q, rotary dim]`, of one type.
 
         Returns:
-            `[B, Q, Hq * D] float32`, and twice `[B, Q, Hkv * D]` in the layer's type.
+            `[B, Q, Hq, D] float32`, and twice `[B, Q, Hkv, D]` in the layer's type.
         """
-        batch, length, size = hidden.shape
-        _check("hidden", hidden, (batch, length, self.hidden), self.dtype)
-        rotary = cos.shape[-1]
-        if cos.shape[0] != batch and length == 1:
-            same = True
-        else:
-            same = False
-            cos, sin = (x.expand(batch, -1, -1).contiguous() for x in (cos, sin))
-        _check("cos", cos, (1 if same else batch, length, rotary), cos.dtype)
-        _check("sin", sin, tuple(cos.shape), cos.dtype)
-        if rotary > self.head_dim or rotary % 2:
-            raise ValueError(f"positions of {rotary} channels for heads of {self.head_dim}")
-        q = torch.empty(batch, length, self.q_size)
-        k = hidden.new_empty(batch, length, self.kv_size)
+        cos, sin, same = self._positions(hidden, cos, sin)
+        batch, length, _ = hidden.shape
+        q = torch.empty(batch, length, self.num_query_heads, self.head_dim)
+        k = torch.empty(batch, length, self.num_kv_heads, self.head_dim, dtype=self.dtype)
         v = torch.empty_like(k)
         _choose()
         cpu._native.before_attention(
@@ -188,7 +180,7 @@ class DecoderLayer:
             _NUMBERS[cos.dtype],
             cos.data_ptr(),
             sin.data_ptr(),
-            rotary,
+            cos.shape[-1],
             same,
             q.data_ptr(),
             k.data_ptr(),
@@ -197,17 +189,62 @@ class DecoderLayer:
         )
         return q, k, v
 
+    def step(
+        self, tail: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scaling: float, softcap: float | None
+    ) -> torch.Tensor:
+        """The whole layer for the next token of every sequence, `hidden [B, 1, H]` to `[B, 1, H]`.
+
+        Args:
+            tail: a native one, with room; the keys and values go there.
+            cos, sin: `[1 or B, 1, rotary dim]`.
+        """
+        cos, sin, same = self._positions(hidden, cos, sin)
+        out = torch.empty_like(hidden)
+        _choose()
+        cpu._native.step(
+            self._native,
+            tail,
+            hidden.data_ptr(),
+            hidden.shape[0],
+            _NUMBERS[cos.dtype],
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cos.shape[-1],
+            same,
+            scaling,
+            softcap or 0.0,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
     def after_attention(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The layer's output `[B, Q, H]`, given its input and `attended [B, Q, Hq, D] float32`."""
         batch, length, _ = hidden.shape
         _check("hidden", hidden, (batch, length, self.hidden), self.dtype)
-        _check("attended", attended, (batch, length, self.q_size // self.head_dim, self.head_dim), torch.float32)
+        _check("attended", attended, (batch, length, self.num_query_heads, self.head_dim), torch.float32)
         out = torch.empty_like(hidden)
         _choose()
         cpu._native.after_attention(
             self._native, hidden.data_ptr(), attended.data_ptr(), batch * length, out.data_ptr(), torch.get_num_threads()
         )
         return out
+
+    def _positions(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """Cosines and sines as the compiled code takes them, and whether all tokens have the same; everything is checked."""
+        batch, length, _ = hidden.shape
+        _check("hidden", hidden, (batch, length, self.hidden), self.dtype)
+        rotary = cos.shape[-1]
+        same = cos.shape[0] == length == 1
+        if not same and cos.shape[0] != batch:
+            cos, sin = (x.expand(batch, -1, -1).contiguous() for x in (cos, sin))
+        _check("cos", cos, (1 if same else batch, length, rotary), cos.dtype)
+        _check("sin", sin, tuple(cos.shape), cos.dtype)
+        if rotary > self.head_dim or rotary % 2:
+            raise ValueError(f"positions of {rotary} channels for heads of {self.head_dim}")
+        return cos, sin, same
 
 
 def _choose() -> None:
@@ -227,6 +264,6 @@ def _count(x: torch.Tensor, columns: int) -> int:
 
 
 def _check(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if x.dtype != dtype or x.shape != shape or not x.is_contiguous() or not x.is_cpu or dtype not in (*_NUMBERS, torch.uint8):
+    if x.dtype != dtype or x.shape != shape or not x.is_contiguous() or not x.is_cpu or dtype not in _KNOWN:
         is_so = f"{x.dtype} {tuple(x.shape)} strides {x.stride()} on {x.device}"
         raise ValueError(f"{name} must be {dtype} {shape}, contiguous, on the CPU; it is {is_so}")

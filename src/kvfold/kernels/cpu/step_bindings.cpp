@@ -1,5 +1,6 @@
 // What Python sees of the decoder layer. Pointers come as integers; kvfold/kernels/cpu/step.py has checked what they point to.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
 
 #include "schedule.h"
 
@@ -40,6 +41,26 @@ DecoderLayer decoder_layer(int number, int activation, int num_query_heads, int 
   return layer;
 }
 
+// `given` has (segment, starts, lengths) of each segment; the last one grows, and its slots follow from start and length.
+Tail tail(nb::list given) {
+  Tail result;
+  for (nb::handle one : given) {
+    nb::tuple fields = nb::cast<nb::tuple>(one);
+    result.segments.push_back(nb::cast<const Segment&>(fields[0]));
+    result.starts.push_back(nb::cast<std::vector<int64_t>>(fields[1]));
+    result.lengths.push_back(nb::cast<std::vector<int64_t>>(fields[2]));
+  }
+  if (result.segments.empty()) throw nb::value_error("a tail has a segment");
+  Segment& last = result.segments.back();
+  if (result.starts.back().size() != size_t(last.rows) || result.lengths.back().size() != size_t(last.rows)) {
+    throw nb::value_error("a start and a length for every row");
+  }
+  last.slots = nullptr;
+  return result;
+}
+
+int64_t capacity(const Segment& s) { return s.table ? int64_t(s.columns) * s.block : s.width; }
+
 void check(int count) {
   if (count < 1 || count > kMostVectors) throw nb::value_error("a step takes 1 to 8 tokens");
 }
@@ -50,6 +71,20 @@ void bind_step(nb::module_& m) {
   nb::class_<Weight>(m, "Weight");
   nb::class_<Norm>(m, "Norm");
   nb::class_<DecoderLayer>(m, "DecoderLayer");
+  nb::class_<Tail>(m, "Tail");
+  m.def("tail", &tail);
+  m.def("step", [](const DecoderLayer& layer, Tail& tail, uintptr_t hidden, int count, int number, uintptr_t cos, uintptr_t sin, int size,
+                   bool same, float scaling, float softcap, uintptr_t out, int num_threads) {
+    check(count);
+    const Segment& last = tail.segments.back();
+    if (last.rows != count * layer.num_kv_heads || last.head_dim != layer.head_dim) throw nb::value_error("a tail of other rows");
+    for (int64_t length : tail.lengths.back()) {
+      if (length >= capacity(last)) throw nb::value_error("a tail without room");
+    }
+    nb::gil_scoped_release release;
+    const Positions positions = {Number(number), pointer<void>(cos), pointer<void>(sin), size, same};
+    step(layer, tail, pointer<void>(hidden), count, positions, scaling, softcap, pointer<void>(out), num_threads);
+  });
   m.attr("most_vectors") = kMostVectors;
   m.def("weight", &weight);
   m.def("norm", &norm);
