@@ -80,7 +80,7 @@ class Run(Segment):
     ):
         self.k, self.v, self.slots, self.score, self.whole = k, v, slots, score, whole
         self._descriptor: cpu.Descriptor | None = None
-        self._room: Room | None = None
+        self.room: Room | None = None  # what k, v and slots are views of, when the run has grown
 
     @property
     def codec(self) -> KVCodec:  # type: ignore[override]
@@ -149,7 +149,7 @@ class Run(Segment):
     def owned(self) -> "Run":
         """The same run in memory of its own (and the room it grows into), not as a view of something larger."""
 
-        if self._room is not None:
+        if self.room is not None:
             return self
 
         def own(x: torch.Tensor) -> torch.Tensor:
@@ -167,21 +167,20 @@ class Run(Segment):
 
     def longer(self, num_new: int) -> "Run":
         """This run and the tokens behind it that are in its room already."""
-        room = self._room
-        assert room is not None
+        assert (room := self.room) is not None
         after = room.used = self.width + num_new
         run = Run(room.k[:, :after], room.v[:, :after], room.slots[:, :after], whole=True)
-        run._room = room
+        run.room = room
         return run
 
     def roomy(self, num_new: int) -> Room:
         """The room that this run is in, with place for `num_new` tokens behind it that no other run has."""
-        width, room = self.width, self._room
+        width, room = self.width, self.room
         if room is None or room.used != width or width + num_new > room.k.shape[1]:
             rows, _, head_dim = self.k.shape
             capacity = -(-(width + num_new) // ROOM) * ROOM
             k, v = (x.new_empty(rows, capacity, head_dim) for x in (self.k, self.v))
-            room = self._room = Room(k, v, self.slots.new_empty(rows, capacity), width)
+            room = self.room = Room(k, v, self.slots.new_empty(rows, capacity), width)
             k[:, :width], v[:, :width], room.slots[:, :width] = self.k, self.v, self.slots
             self.k, self.v, self.slots = k[:, :width], v[:, :width], room.slots[:, :width]
             self._descriptor = None
@@ -189,6 +188,11 @@ class Run(Segment):
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.k.float(), self.v.float(), self.slots.long()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens, without room for others."""
+        return sum(x.nbytes for x in self.tensors().values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         named = {"k": self.k, "v": self.v, "slots": self.slots, "score": self.score}

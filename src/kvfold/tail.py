@@ -13,7 +13,7 @@ import torch
 from kvfold.attention.dispatch import Located
 from kvfold.blocks import Blocks
 from kvfold.kernels import cpu
-from kvfold.segment import ROOM, Run
+from kvfold.segment import Run
 from kvfold.store.dense import DenseCodec
 
 
@@ -54,7 +54,7 @@ class Tail:
         left = window + (body.pool.block if body.codec.unit == "block" else 1) - 1 - recent.width
         if left <= 0 or not recent.width:
             return None
-        room = recent.roomy(min(left, ROOM))
+        room = recent.roomy(1)
         first = int(recent.slots[0, 0])
         rows, width = recent.slots.shape
         room.slots[:, width:] = torch.arange(first + width, first + room.slots.shape[1])

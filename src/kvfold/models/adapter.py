@@ -45,7 +45,7 @@ def attach(model: PreTrainedModel) -> None:
     if model.config._attn_implementation != NAME:  # transformers only warns where a model's code takes no other attention
         delattr(model, _PREVIOUS)
         raise ModelError(f"{type(model).__name__} can't be served: {_OWN_ATTENTION}")
-    step.install(model, attention)
+    step.install(model, NAME, attention)
 
 
 def detach(model: PreTrainedModel) -> None:

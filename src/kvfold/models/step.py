@@ -45,17 +45,18 @@ class Unknown(Exception):
     """A layer is not of a structure that is known here."""
 
 
-def install(model: PreTrainedModel, attention: Any) -> None:
+def install(model: PreTrainedModel, name: str, attention: Any) -> None:
     """Compiles the step of the decoder layers and of the head that are known.
 
     Args:
-        attention: kvfold's attention function; the model must use it already.
+        name, attention: kvfold's attention function, and the name by which the model uses it already. A model that is given
+            another one later runs its own code again.
     """
     if not step.usable():
         return
     for layer in getattr(model.get_decoder(), "layers", []):
         if "forward" not in vars(layer):
-            compiled = CompiledLayer(layer, attention)
+            compiled = CompiledLayer(layer, name, attention)
             if compiled.agrees():
                 layer.forward = compiled
     head = model.get_output_embeddings()
@@ -119,8 +120,8 @@ class CompiledLinear:
 class CompiledLayer:
     """The `forward` of a decoder layer."""
 
-    def __init__(self, layer: nn.Module, attention: Any):
-        self.layer, self.attention = layer, attention
+    def __init__(self, layer: nn.Module, name: str, attention: Any):
+        self.layer, self.attention, self.name = layer, attention, name
         self.scaling, self.softcap = 1.0, None
         self._built: _Built | None = None
 
@@ -161,7 +162,8 @@ class CompiledLayer:
             except Unknown:
                 self._built = None
                 return False
-        return hidden.dtype == self._built.native.dtype and not self._built.watched()
+        built = self._built
+        return hidden.dtype == built.native.dtype and built.config._attn_implementation == self.name and not built.watched()
 
     def agrees(self) -> bool:
         """Tries the compiled step against the layer's own, on random numbers; takes over scaling and cap of the scores."""
@@ -222,7 +224,7 @@ class _Built:
         used = [name for name in names if name]
         if sorted(used) != sorted(norm) or {name for name, _ in layer.named_children()} - {"self_attn", "mlp", *norm}:
             raise Unknown("other parts than those of a Llama or Gemma layer")
-        config = _known(self.module, "config")
+        config = self.config = _known(self.module, "config")
         activation = _ACTIVATIONS.get(str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)))
         dtype = norm["input_layernorm"].weight.dtype
         if activation is None or not step.supports(dtype) or not all(p.is_cpu for p in layer.parameters()):
