@@ -194,7 +194,9 @@ def test_packed_models_copy_and_have_a_mark_of_their_own() -> None:
 
 def test_a_model_without_suitable_layers_is_refused() -> None:
     with pytest.raises(ModelError, match="no linear layer that can be held as int4"):
-        quantize_linears(tiny_model(hidden_size=24, intermediate_size=24, num_attention_heads=1, num_key_value_heads=1, head_dim=8), "int4")
+        quantize_linears(
+            tiny_model(hidden_size=24, intermediate_size=24, num_attention_heads=1, num_key_value_heads=1, head_dim=8), "int4"
+        )
 
 
 # -- GGUF ----------------------------------------------------------------------------------------------------------------------

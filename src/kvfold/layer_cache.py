@@ -418,7 +418,8 @@ class LayerCache(CacheLayerMixin):
         self.num_seen, self.num_real = numbers["num_seen"], list(numbers["num_real"])
         held = {name: part(name, tensors) for name in ("sink", "recent", "body")}
         self.sink, self.recent = (
-            Run(run["k"], run["v"], run["slots"], run.get("score"), whole=bool((run["slots"] >= 0).all())) for run in (held["sink"], held["recent"])
+            Run(run["k"], run["v"], run["slots"], run.get("score"), whole=bool((run["slots"] >= 0).all()))
+            for run in (held["sink"], held["recent"])
         )
         self.body.restore(held["body"], numbers["starts"], list(numbers["lengths"]))
 

@@ -167,7 +167,8 @@ class Run(Segment):
 
     def longer(self, num_new: int) -> "Run":
         """This run and the tokens behind it that are in its room already."""
-        assert (room := self.room) is not None
+        room = self.room
+        assert room is not None
         after = room.used = self.width + num_new
         run = Run(room.k[:, :after], room.v[:, :after], room.slots[:, :after], whole=True)
         run.room = room

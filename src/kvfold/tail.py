@@ -1,9 +1,9 @@
 """The end of a layer's cache while tokens come one by one.
 
-Between two events that change what a layer holds (a block is encoded, a sequence is cropped or reordered), a decode step only ever does
-the same: it puts one key and one value behind the last, and attends to all. A `Tail` has what this needs in one object of
-the compiled kernels, so that Python does nothing by token and layer but call it (`kvfold.kernels.cpu.step`). The layer closes its tail
-before anyone else looks at its segments, and opens another when it can.
+Between two events that change what a layer holds (a block is encoded, a sequence is cropped or reordered), a decode step
+only ever does the same: it puts one key and one value behind the last, and attends to all. A `Tail` has what this needs in
+one object of the compiled kernels, so that Python does nothing by token and layer but call it (`kvfold.kernels.cpu.step`).
+The layer closes its tail before anyone else looks at its segments, and opens another when it can.
 """
 
 from typing import Any
@@ -39,7 +39,9 @@ class Tail:
             window: recent tokens that stay dense.
         """
         head_dim, dtype = recent.k.shape[-1], recent.k.dtype
-        same = sink.whole and recent.whole and body.starts is not None and len({*zip(body.starts, body.lengths, strict=True)}) == 1
+        same = (
+            sink.whole and recent.whole and body.starts is not None and len({*zip(body.starts, body.lengths, strict=True)}) == 1
+        )
         if not same or cpu.chosen() is None or not cpu.supports_dense(dtype) or not recent.k.is_cpu:
             return None
         found = [segment.locate(head_dim) for segment in (sink, body) if segment.width]

