@@ -138,7 +138,7 @@ def _gguf_of(name: str) -> Path:
 
 
 def _load_known(known: KnownModel, dtype: torch.dtype, native: bool) -> Loaded:
-    """From what is there already, or from the hub, or from the package; from the package alone where its own codes are asked for."""
+    """From what is there already, or from the hub, or from the package; from the package alone if its own codes are wanted."""
     converted = cache_folder() / known.name
     if native:
         if not (converted / _SOURCE_FILE).is_file():

@@ -6,8 +6,8 @@ Q4_1 (x = scale · code + minimum) and Q8_0 (x = scale · code), with scales and
 over the blocks of a GGUF file without a second rounding (kvfold.models.gguf_weights).
 
 For a few tokens the compiled kernels multiply codes as they lie. For more, as in a prompt, slabs of the matrix become numbers
-of the activations' type and go through an ordinary matrix product. The same in plain torch is the reference, and what runs where
-there are no compiled kernels.
+of the activations' type and go through an ordinary matrix product. The same in plain torch is the reference, and what runs
+where there are no compiled kernels.
 """
 
 from collections.abc import Iterator
