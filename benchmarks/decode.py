@@ -79,7 +79,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print(f"kernel {kernel_name()}, {args.threads} threads, torch {torch.__version__}")
     print(
-        f"{'weights':>8} {'context':>7} {'cache':<14} {'ms least':>8} {'p20':>8} {'p50':>8} {'p80':>8} {'prefill tok/s':>14} {'KV MB':>7}"
+        f"{'weights':>8} {'context':>7} {'cache':<14} {'least ms':>8} {'p20':>8} {'p50':>8} {'p80':>8} {'prefill/s':>9} {'KV MB':>7}"
     )
     records = []
     for weights in args.weights:
@@ -89,9 +89,8 @@ def main() -> None:
         models |= dict.fromkeys(args.plans, model)
         for context in args.contexts:
             for r in measure(models, context, args.steps):
-                records.append(
-                    {"weights": weights, "weight_bytes": describe(model), "step": step.describe(models[r["cache"]]), **r}
-                )
+                form = {"weights": weights, "weight_bytes": describe(model), "step": step.describe(models[str(r["cache"])])}
+                records.append({**form, **r})
                 print(
                     f"{weights:>8} {r['context']:>7} {r['cache']:<14} {r['ms_least']:>8.1f} {r['ms_p20']:>8.1f} {r['ms_p50']:>8.1f}"
                     f" {r['ms_p80']:>8.1f} {r['prefill_tokens_per_s']:>9.0f} {r['kv_bytes'] / 1e6:>7.1f}",
