@@ -25,6 +25,7 @@ from kvfold.models.weights import describe
 BASELINE = "DynamicCache"
 CHUNK = 512
 WARM_UP = 3
+COLUMNS = ("least ms", "p20", "p50", "p80", "prefill/s", "KV MB")
 
 
 @torch.no_grad()
@@ -78,9 +79,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"kernel {kernel_name()}, {args.threads} threads, torch {torch.__version__}")
-    print(
-        f"{'weights':>8} {'context':>7} {'cache':<14} {'least ms':>8} {'p20':>8} {'p50':>8} {'p80':>8} {'prefill/s':>9} {'KV MB':>7}"
-    )
+    print(f"{'weights':>8} {'context':>7} {'cache':<14}" + "".join(f"{title:>10}" for title in COLUMNS))
     records = []
     for weights in args.weights:
         model, _ = kvfold.load(args.model, weights=weights)
@@ -91,11 +90,9 @@ def main() -> None:
             for r in measure(models, context, args.steps):
                 form = {"weights": weights, "weight_bytes": describe(model), "step": step.describe(models[str(r["cache"])])}
                 records.append({**form, **r})
-                print(
-                    f"{weights:>8} {r['context']:>7} {r['cache']:<14} {r['ms_least']:>8.1f} {r['ms_p20']:>8.1f} {r['ms_p50']:>8.1f}"
-                    f" {r['ms_p80']:>8.1f} {r['prefill_tokens_per_s']:>9.0f} {r['kv_bytes'] / 1e6:>7.1f}",
-                    flush=True,
-                )
+                times = "".join(f"{r[name]:>10.1f}" for name in ("ms_least", "ms_p20", "ms_p50", "ms_p80"))
+                rest = f"{r['prefill_tokens_per_s']:>10.0f}{r['kv_bytes'] / 1e6:>10.1f}"  # type: ignore[operator]
+                print(f"{weights:>8} {r['context']:>7} {r['cache']:<14}{times}{rest}", flush=True)
     print(json.dumps({"kernel": kernel_name(), "threads": args.threads, "torch": torch.__version__, "records": records}))
 
 

@@ -48,12 +48,12 @@ class Tail:
         segments = [place for place in found if place is not None]
         if len(segments) != len(found):
             return None
-        if body.codec.unit == "token" and window == 0:
+        if body.unit == "token" and window == 0:
             codecs = body.codec.k, body.codec.v
             dense = all(type(codec) is DenseCodec and codec.dtype == dtype for codec in codecs)
             left = body.width - body.lengths[0]
             return Tail(segments, left, True) if dense and left > 0 and not body.pool.shared else None
-        left = window + (body.pool.block if body.codec.unit == "block" else 1) - 1 - recent.width
+        left = window + (body.pool.block if body.unit == "block" else 1) - 1 - recent.width
         if left <= 0 or not recent.width:
             return None
         room = recent.roomy(1)

@@ -18,10 +18,13 @@ constexpr int kTasksPerThread = 4;  // so that threads of unequal speed end toge
 const StepKernels& step_kernels() {
   const std::string name = kernels().name;
 #ifdef KVFOLD_X86
-  if (name == kStepAvx512.name) return kStepAvx512;
-  if (name == kStepAvx2.name) return kStepAvx2;
+  if (name == kAvx512Step.name) return kAvx512Step;
+  if (name == kAvx2Step.name) return kAvx2Step;
+#ifdef KVFOLD_AVXVNNI
+  if (name == kAvxVnniStep.name) return kAvxVnniStep;
 #endif
-  return kStepPortable;
+#endif
+  return kPortableStep;
 }
 
 // Rows [first, end) of one of several matrices that are multiplied with the same vectors.

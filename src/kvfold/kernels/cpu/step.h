@@ -63,10 +63,11 @@ struct StepKernels {
   void (*unpack)(const Weight&, int first, int end, Number, void* to);
 };
 
-extern const StepKernels kStepPortable;
+extern const StepKernels kPortableStep;
 #ifdef KVFOLD_X86
-extern const StepKernels kStepAvx2;
-extern const StepKernels kStepAvx512;
+extern const StepKernels kAvx2Step;
+extern const StepKernels kAvxVnniStep;  // defined where the compiler knows it: KVFOLD_AVXVNNI
+extern const StepKernels kAvx512Step;
 #endif
 
 }  // namespace kvfold
