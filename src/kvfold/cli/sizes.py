@@ -36,7 +36,7 @@ def _with_size(plan: Plan, name: str, size: int) -> Plan:
         # What the codec itself wants dense stays, unless it is this that changes.
         store = plan.store
         kept_sink = plan.keep.sink if plan.keep else store.sink
-        at = next(i for i, call in enumerate(calls) if call.name == "hybrid" or call.name in methods("store"))
+        at = next(i for i, call in enumerate(calls) if call.name in ("hybrid", "layers") or call.name in methods("store"))
         calls.insert(at, Call("protect", (("sink", str(kept_sink)), ("window", str(store.window)))))
     calls[at] = _with_argument(calls[at], Protect, name, str(size))
     return _parsed(calls)
