@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfold.errors import FileError, KvfoldError, ModelError
-from kvfold.files import explain, make_folder
-from kvfold.models.packages import PackageFile, cache_folder, fetched
+from kvfold.files import cache_folder, explain, make_folder
+from kvfold.models.packages import PackageFile, fetched
 from kvfold.registry import nearest
 
 log = logging.getLogger(__name__)
