@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from kvfold import kernels
+from kvfold.attention import dispatch
 from kvfold.attention.dispatch import Located
 from kvfold.attention.reference import Tile
 from kvfold.pool import BlockPool
@@ -279,7 +280,7 @@ class Blocks(Segment):
         if short := -num_tokens % block:
             k = torch.cat([k, k[:, -1:].expand(-1, short, -1)], 1)
             v = torch.cat([v, v[:, -1:].expand(-1, short, -1)], 1)
-        return self.codec.encode(k.reshape(rows, -1, block, head_dim), v.reshape(rows, -1, block, head_dim))
+        return dispatch.encode(self.codec, k.reshape(rows, -1, block, head_dim), v.reshape(rows, -1, block, head_dim))
 
     def _merge(self, row: int, fresh: Run | None) -> None:
         """Brings a row's tokens and `fresh` ones into as few blocks as can be, by rewriting only the emptiest blocks."""

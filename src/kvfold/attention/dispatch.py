@@ -15,7 +15,7 @@ import torch
 from kvfold import kernels
 from kvfold.attention import reference
 from kvfold.attention.reference import Partial, Query, Tile, merge
-from kvfold.store.base import KVCodec
+from kvfold.store.base import Fields, KVCodec
 
 REFERENCE = "torch-reference"
 
@@ -72,6 +72,15 @@ def attend(looks: Sequence[tuple[Attended, Query]]) -> Partial:
         given = [_look(family, place, query) for place, query in located]
         partials.append(Partial(*family.attend(given, first.slots, first.num_groups, first.softcap)))
     return merge(partials)
+
+
+def encode(codec: KVCodec, k: torch.Tensor, v: torch.Tensor) -> Fields:
+    """Whole blocks `[..., T, D]` to fields, by a kernel where there is one: on a GPU, integer codes of usual head dims."""
+    family = kernels.serving(k.device.type)
+    if family is not None and hasattr(family, "encodes") and family.encodes(codec, k.shape[-1]):
+        fields: Fields = family.encode(codec, k, v)
+        return fields
+    return codec.encode(k, v)
 
 
 def mass(segment: Attended, query: Query, lse: torch.Tensor) -> torch.Tensor:

@@ -141,13 +141,17 @@ class Affine(TensorCodec):
         base = _half_above(step.amax((-2, -1))).unsqueeze(-1)
         return {"scale": self._log_codes(step, base.float().unsqueeze(-1)), "base": base}
 
+    @property
+    def rounds_scales_up(self) -> bool:
+        """Whether the nearest scale of the `log8` grid could clip by more than half a step, so that the next above is taken."""
+        clipped_steps = (2 ** (0.5 / _PER_OCTAVE[self.axis]) - 1) * (self._middle() if self.symmetric else 2 * self._middle())
+        return clipped_steps >= 0.5
+
     def _log_codes(self, step: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
         """Codes of scales on the grid: the nearest, or where that could clip by more than half a step the next above."""
-        per_octave = _PER_OCTAVE[self.axis]
-        codes = (largest / step.clamp_min(_TINY / 256)).log2() * per_octave
-        clipped_steps = (2 ** (0.5 / per_octave) - 1) * (self._middle() if self.symmetric else 2 * self._middle())
+        codes = (largest / step.clamp_min(_TINY / 256)).log2() * _PER_OCTAVE[self.axis]
         # 'Above' is a little more than the floor, against the rounding of the logarithm.
-        codes = codes.round() if clipped_steps < 0.5 else (codes - 1e-3).floor()
+        codes = (codes - 1e-3).floor() if self.rounds_scales_up else codes.round()
         return codes.clamp(0, 255).to(torch.uint8)
 
     def _scale_zero(self, fields: Fields) -> tuple[torch.Tensor, torch.Tensor]:

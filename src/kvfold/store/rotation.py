@@ -32,15 +32,16 @@ class Rotated(TensorCodec):
     def block(self) -> int:
         return self.inner.block
 
-    def _matrix(self, like: torch.Tensor) -> torch.Tensor:
-        return hadamard(self.head_dim).to(like.device)
+    def matrix(self, like: torch.Tensor) -> torch.Tensor:
+        """The rotation, on the device of `like`."""
+        return _on(like.device, self.head_dim)
 
     def encode(self, x: torch.Tensor) -> Fields:
-        return self.inner.encode(x.float() @ self._matrix(x))
+        return self.inner.encode(x.float() @ self.matrix(x))
 
     def decode(self, fields: Fields) -> torch.Tensor:
         x = self.inner.decode(fields)
-        return x @ self._matrix(x).T
+        return x @ self.matrix(x).T
 
     def dot(self, q: torch.Tensor, fields: Fields) -> torch.Tensor:
         return self.inner.dot(q, fields)
@@ -49,10 +50,16 @@ class Rotated(TensorCodec):
         return self.inner.combine(p, fields)
 
     def fold_query(self, q: torch.Tensor) -> torch.Tensor:
-        return self.inner.fold_query(q @ self._matrix(q))
+        return self.inner.fold_query(q @ self.matrix(q))
 
     def unfold_output(self, out: torch.Tensor) -> torch.Tensor:
-        return self.inner.unfold_output(out) @ self._matrix(out).T
+        return self.inner.unfold_output(out) @ self.matrix(out).T
+
+
+@functools.cache
+def _on(device: torch.device, dim: int) -> torch.Tensor:
+    """Sent to a device once: a copy at every step would wait for it."""
+    return hadamard(dim).to(device)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ import torch
 
 from kvfold.errors import KvfoldError
 from kvfold.store.affine import Affine, channel_group
-from kvfold.store.base import Fields, KVCodec, TensorCodec, part
+from kvfold.store.base import Fields, KVCodec, TensorCodec, join, part
 from kvfold.store.dense import DenseCodec
 from kvfold.store.fp8 import Float8
 from kvfold.store.rotation import Rotated
@@ -227,6 +227,35 @@ def _check(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtyp
     if x.dtype != dtype or x.shape != shape or not x.is_contiguous():
         is_so = f"{x.dtype} {tuple(x.shape)} strides {x.stride()}"
         raise ValueError(f"{name} must be {dtype} {shape}, contiguous; it is {is_so}")
+
+
+# -- encoding ----------------------------------------------------------------------------------------------------------------
+
+
+def encodes(codec: KVCodec, head_dim: int) -> bool:
+    """Whether `encode` can take the place of the codec's own encoding of whole blocks."""
+    return all(_encodes(_inner(side), codec.block, head_dim) for side in (codec.k, codec.v))
+
+
+def encode(codec: KVCodec, k: torch.Tensor, v: torch.Tensor) -> Fields:
+    """What `codec.encode` returns for whole blocks, `k, v [..., T, D]`."""
+    from kvfold.kernels.triton.encoding import encode
+
+    fields: Fields = {}
+    for name, codec_of_side, x in (("k", codec.k, k), ("v", codec.v, v)):
+        inner = _inner(codec_of_side)
+        assert isinstance(inner, Affine)
+        side = _side(inner, codec.block, x.shape[-1])
+        rotation = codec_of_side.matrix(x) if isinstance(codec_of_side, Rotated) else None
+        fields |= join(name, encode(inner, side, rotation, x))
+    return fields
+
+
+def _encodes(codec: TensorCodec, block: int, head_dim: int) -> bool:
+    if not isinstance(codec, Affine) or not _known(codec) or not _MIN_HEAD_DIM <= head_dim <= _MAX_HEAD_DIM:
+        return False
+    side = _side(codec, block, head_dim)
+    return not side.padded and side.group & (side.group - 1) == 0
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------------

@@ -160,12 +160,13 @@ CHANGING = [
 ]
 
 
-def _kernel(function: Callable[..., None]) -> Any:
+def kernel(function: Callable[..., None]) -> Any:
+    """A kernel that is started from Python."""
     known = [name for name in CHANGING if name in inspect.signature(function).parameters]
     return triton.jit(function, do_not_specialize=known)
 
 
-@_kernel
+@kernel
 def attend_kernel(
     q,
     partial_out,
@@ -306,7 +307,7 @@ def attend_kernel(
     tl.store(partial_out + where, out, mask=stored)
 
 
-@_kernel
+@kernel
 def merge_kernel(
     partial_out,
     partial_lse,
@@ -352,7 +353,7 @@ def merge_kernel(
         tl.store(lse + vector, natural)
 
 
-@_kernel
+@kernel
 def mass_kernel(
     q,
     lse,

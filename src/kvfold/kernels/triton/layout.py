@@ -55,6 +55,11 @@ class Side:
         return self.columns // self.per_word
 
     @property
+    def runs(self) -> int:
+        """Codes in a byte: the runs that a line is cut into."""
+        return 8 // self.bits
+
+    @property
     def neighbours(self) -> bool:
         """Whether a word is 16 bits with two whole bytes, which are neighbours; otherwise it has one code from each run."""
         return self.kind == "float8" or (self.kind != "dense" and self.bits == 8)
