@@ -13,6 +13,7 @@ import kvfold
 from kvfold.cli.bench import bench
 from kvfold.cli.generate import generate
 from kvfold.cli.info import info
+from kvfold.cli.profile import profile
 from kvfold.cli.report import report
 from kvfold.cli.strategies import strategies
 from kvfold.errors import KvfoldError
@@ -24,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, bench, report, strategies, info):
+for command in (generate, bench, profile, report, strategies, info):
     app.command()(command)
 
 # Some versions of typer bring a copy of click, others don't: a public error leads to the base of all usage errors.
