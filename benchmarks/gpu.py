@@ -1,192 +1,38 @@
 """Everything about the GPU in one call of less than nine minutes: is it right, how fast, and how near to the memory's speed.
 
-    python benchmarks/gpu.py [--out gpu.json] [--seconds 500] [--quick]
+    PYTHONPATH=src python benchmarks/gpu.py [--out gpu.json] [--seconds 500] [--quick]
 
 First correctness, against attention in float64 over the decoded tokens; nothing is timed when that fails. Then launch
 configurations are tuned (and kept in the user's cache folder), and attention of one decoded token is measured on the shape of
-Llama-3-8B: 32 query heads on 8 KV heads of 128. Calls are captured in a CUDA graph over as many copies of the cache as no level-2
-cache holds; a time is the median of replays over the calls of a graph. Bytes are those of codes, scales and zero points, counted.
-Sections that no longer fit into --seconds are left out and named. The table comes last; the JSON file has every number.
+Llama-3-8B: 32 query heads on 8 KV heads of 128. Calls are captured in a CUDA graph over so many copies of the cache that no
+level-2 cache holds them; a time is the median of replays over the calls of a graph. Bytes are those of codes, scales and zero
+points, counted. Sections that no longer fit into --seconds are left out and named. The table comes last; the JSON file has all.
 
-Without a GPU, TRITON_INTERPRET=1 KVFOLD_TRITON=interpret python benchmarks/gpu.py --smoke runs all of it on tiny shapes in Triton's
-interpreter: its times mean nothing.
+It needs nothing but torch, Triton and transformers. Without a GPU, TRITON_INTERPRET=1 KVFOLD_TRITON=interpret and --smoke run
+all of it on tiny shapes in Triton's interpreter: its times mean nothing.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_cases import LEVEL_2_BYTES, PLANS, Session, codec_of, correctness, field_bytes, filled, milliseconds, query
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import kvfold
 from kvfold.attention import dispatch
-from kvfold.attention.reference import Query
 from kvfold.blocks import Blocks
 from kvfold.kernels.triton import Look, tuning
 from kvfold.kernels.triton.launch import attend as launch
 from kvfold.lab.roofline import Roofs, measure_roofs
-from kvfold.lab.setting import machine, versions
-from kvfold.plan import Plan
-from kvfold.site import Site
-
-PLANS = {"full": "full", "int8": "int8", "int4": "int4", "int2": "int2", "fp8": "fp8", "kivi2": "kivi(int2)"}
-LEVEL_2_BYTES = 256 * 2**20  # more than any level-2 cache, so that codes come from memory
-BOUND = 3e-3  # relative error of attention: half precision products, sums in float32
-BOUND_BF16 = 1e-2  # where probabilities meet V in bfloat16
-
-
-@dataclass(frozen=True)
-class Shape:
-    kv_heads: int
-    groups: int
-    head_dim: int
-
-
-class Session:
-    """The state of a call: options, device, deadline and results."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.smoke: bool = args.smoke
-        self.device = torch.device("cpu" if args.smoke else "cuda")
-        self.deadline = time.monotonic() + args.seconds
-        self.shape = Shape(2, 2, 32) if args.smoke else Shape(8, 4, 128)
-        self.results: dict[str, Any] = {"left_out": []}
-        self.lines: list[str] = []
-
-    def left(self, section: str, needed_s: float) -> bool:
-        """Whether there is time for a section; otherwise it is noted as left out."""
-        if time.monotonic() + needed_s < self.deadline:
-            return True
-        self.results["left_out"].append(section)
-        return False
-
-    def say(self, line: str) -> None:
-        print(f"[{self.deadline - time.monotonic():4.0f} s left] {line}", flush=True)
-
-
-def codec_of(plan: str, head_dim: int) -> Any:
-    return Plan.parse(PLANS[plan]).store.codec(Site(head_dim, torch.bfloat16))
-
-
-def filled(state: Session, plan: str, rows: int, tokens: int, head_dim: int) -> Blocks:
-    """Blocks as if `tokens` had been appended to every row: a few hundred blocks are encoded, and each place gets a copy of one."""
-    codec = codec_of(plan, head_dim)
-    columns = -(-tokens // codec.block)
-    sample = min(256, rows * columns)
-    k, v = torch.randn(2, sample, codec.block, head_dim, device=state.device).bfloat16()
-    chosen = torch.randint(0, sample, (rows * columns,), device=state.device)
-    fields = {name: x[chosen] for name, x in dispatch.encode(codec, k, v).items()}
-    table = torch.arange(rows * columns, device=state.device).view(columns, rows).T.contiguous()
-    blocks = Blocks(codec, rows, state.device, contiguous=True, scored=False)
-    blocks.restore(fields | {"table": table}, [0] * rows, [tokens] * rows)
-    return blocks
-
-
-def query(state: Session, rows: int, groups: int, head_dim: int, tokens: int, num_queries: int = 1) -> Query:
-    q = torch.randn(rows, groups * num_queries, head_dim, device=state.device) * head_dim**-0.5
-    return Query(q, torch.arange(tokens, tokens + num_queries, device=state.device), groups)
-
-
-def field_bytes(blocks: Blocks) -> int:
-    return sum(x.nbytes for x in blocks.pool.fields.values())
-
-
-def milliseconds(state: Session, calls: list[Callable[[], object]], replays: int = 20) -> dict[str, float]:
-    """p20, p50 and p80 of the time of a call, in a CUDA graph of all of them."""
-    if state.smoke:
-        start = time.perf_counter()
-        calls[0]()
-        spent = 1e3 * (time.perf_counter() - start)
-        return {"p20": spent, "p50": spent, "p80": spent}
-    for call in calls[:2]:
-        call()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / len(calls))
-    p20, p50, p80 = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
-    return {"p20": p20, "p50": p50, "p80": p80}
-
-
-# -- correctness -------------------------------------------------------------------------------------------------------------
-
-
-def exact(blocks: Blocks, asked: Query) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in float64 over what the codec decodes."""
-    k, v, slots = blocks.dense()
-    scores = asked.q.double() @ k.double().mT
-    scores = scores.masked_fill((slots < 0)[:, None], -torch.inf)
-    return scores.softmax(-1) @ v.double(), scores.logsumexp(-1)
-
-
-def correctness(state: Session) -> bool:
-    """Relative errors against float64 of attention, its log-sum-exp, the masses and encoding."""
-    rows = []
-    dims = (32,) if state.smoke else (64, 80, 96, 128, 256)
-    for plan in PLANS:
-        for head_dim in dims:
-            for groups, num_queries, tokens in ((1, 1, 64), (4, 1, 1000), (3, 40, 512)):
-                if state.smoke and num_queries > 1:
-                    continue
-                blocks = filled(state, plan, 3, tokens, head_dim)
-                asked = query(state, 3, groups, head_dim, tokens, num_queries)
-                out, lse = exact(blocks, asked)
-                got = dispatch.attend([(blocks, asked)])
-                mass = dispatch.mass(blocks, asked, got.lse)
-                error = float((got.out - out).norm() / out.norm())
-                lse_error = float((got.lse - lse).abs().max())
-                mass_error = float((mass.sum((1, 2)) / (groups * num_queries) - 1).abs().max())
-                right = error < (BOUND_BF16 if plan == "full" else BOUND) and lse_error < 2e-2 and mass_error < 1e-2
-                rows.append(
-                    {
-                        "plan": plan,
-                        "head_dim": head_dim,
-                        "groups": groups,
-                        "queries": num_queries,
-                        "error": error,
-                        "lse_error": lse_error,
-                        "mass_error": mass_error,
-                        "right": right,
-                    }
-                )
-    state.results["correctness"] = rows
-    state.results["encoding"] = encoding_errors(state)
-    wrong = [row for row in rows if not row["right"]]
-    state.say(f"correctness: {len(rows) - len(wrong)} of {len(rows)} right, largest error {max(r['error'] for r in rows):.1e}")
-    for row in wrong:
-        print("  WRONG", row)
-    return not wrong
-
-
-def encoding_errors(state: Session) -> list[dict[str, Any]]:
-    """What share of the bytes equals the codec's own."""
-    rows = []
-    for plan in ("int8", "int4", "int2", "kivi2"):
-        codec = codec_of(plan, state.shape.head_dim)
-        k, v = torch.randn(2, 4, codec.block, state.shape.head_dim, device=state.device)
-        got, wanted = dispatch.encode(codec, k, v), codec.encode(k, v)
-        rows.append({"plan": plan} | {name: float((got[name] == x).float().mean()) for name, x in wanted.items()})
-    state.say("encoding, least share of equal entries: " + str(min(min(v for k, v in r.items() if k != "plan") for r in rows)))
-    return rows
-
 
 # -- tuning ------------------------------------------------------------------------------------------------------------------
 
@@ -204,7 +50,7 @@ def tune(state: Session) -> None:
         assert place is not None
         look = Look(place.descriptor, asked.q, None, place.starts, place.lengths)
 
-        def measured(config: tuning.Config, look: Look = look, asked: Query = asked) -> float:
+        def measured(config: tuning.Config, look: Look = look, asked: Any = asked) -> float:
             return milliseconds(state, [lambda: launch([look], asked.slots, asked.num_groups, None, config)] * 4, 10)["p50"]
 
         block_m = max(8, state.shape.groups)
@@ -283,7 +129,9 @@ def variants(state: Session, batch: int, tokens: int) -> Any:
         del first
 
 
-def flash_attention_calls(state: Session, batch: int, tokens: int, dense_bytes: int) -> Callable[[], list[Callable[[], object]]]:
+def flash_attention_calls(
+    state: Session, batch: int, tokens: int, dense_bytes: int
+) -> Callable[[], list[Callable[[], object]]]:
     """FlashAttention's own kernel for decoding, which splits over the sequence."""
 
     def make() -> list[Callable[[], object]]:
@@ -336,12 +184,11 @@ def whole_model(state: Session) -> None:
         return
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache
 
-    import kvfold
     from kvfold.lab.generate import generate
 
     small = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 200}
     large = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 32000}
-    layers, tokens, new = (2, 70, 3) if state.smoke else (8, 16384, 24)
+    layers, tokens, new = (1, 70, 2) if state.smoke else (8, 16384, 24)
     config = LlamaConfig(
         **(small if state.smoke else large),
         num_hidden_layers=layers,
@@ -358,11 +205,11 @@ def whole_model(state: Session) -> None:
     for backend in ("quanto", "hqq"):
         if importlib.util.find_spec({"quanto": "optimum"}.get(backend, backend)):
             makers[f"QuantizedCache {backend} int4"] = lambda b=backend: QuantizedCache(b, config, nbits=4)
-    makers |= {plan: (lambda p=plan: kvfold.cache(model, PLANS[p])) for plan in ("full", "int8", "int4", "int2", "fp8")}
+    makers |= {plan: (lambda p=plan: kvfold.cache(model, PLANS[p])) for plan in (["int4"] if state.smoke else PLANS)}
     for name, make in makers.items():
         if not state.left(f"whole model, {name}", 15):
             continue
-        generate(model, ids[:, :200], make(), 3)
+        generate(model, ids[:, :200], make(), 2)
         if not state.smoke:
             torch.cuda.reset_peak_memory_stats()
         before = 0 if state.smoke else torch.cuda.memory_allocated()
@@ -371,7 +218,9 @@ def whole_model(state: Session) -> None:
         peak = 0 if state.smoke else torch.cuda.max_memory_allocated() - before
         token_ms = statistics.median(done.token_ms)
         counted = getattr(cache, "nbytes", None)
-        rows.append({"cache": name, "ttft_ms": done.ttft_ms, "token_ms": token_ms, "peak_bytes": peak, "counted_bytes": counted})
+        rows.append(
+            {"cache": name, "ttft_ms": done.ttft_ms, "token_ms": token_ms, "peak_bytes": peak, "counted_bytes": counted}
+        )
         state.say(f"whole model, {name}: {token_ms:.2f} ms a token")
 
 
@@ -391,7 +240,10 @@ def table(state: Session) -> None:
             f"{r['of_copy']:>8.0%} {faster:>7.2f}"
         )
     for r in state.results.get("other", []):
-        print(f"{r['plan']:<8} masses {1e3 * r['mass_ms']:.1f} us, chunk {r['chunk_ms']:.2f} ms ({r['chunk_of_matmul']:.0%} of matmul)")
+        print(
+            f"{r['plan']:<8} masses {1e3 * r['mass_ms']:.1f} us, "
+            f"chunk {r['chunk_ms']:.2f} ms ({r['chunk_of_matmul']:.0%} of the matmul rate)"
+        )
     for r in state.results.get("encode", []):
         print(f"{r['plan']:<8} encoding {r['ms']:.3f} ms a layer, {r['of_least_prefill']:.1%} of the least prefill")
     for r in state.results.get("model", []):
@@ -412,16 +264,22 @@ def main() -> None:
         raise SystemExit("no GPU: --smoke runs tiny shapes in Triton's interpreter")
     torch.manual_seed(0)
     state = Session(args)
-    state.results |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions() | triton_version()}
-    state.results |= {"machine": machine(state.device.type), "kernel": dispatch.kernel_name(device=state.device.type)}
-    state.say(f"{state.results['machine']}, kernel {state.results['kernel']}, {state.results['versions']}")
+    state.results |= setting(state)
+    state.say(f"{state.results['device']}, kernel {state.results['kernel']}, {state.results['versions']}")
     right = correctness(state)
     if right and not args.quick:
         sizes = {"num_bytes": 2**20, "size": 64} if state.smoke else {}
         roofs = measure_roofs(state.device, torch.float32 if state.smoke else torch.bfloat16, **sizes)
         state.results["roofs"] = vars(roofs)
-        state.say(f"read {roofs.read / 1e9:.0f} GB/s, copy {roofs.copy / 1e9:.0f} GB/s, matmul {roofs.matmul / 1e12:.0f} TFLOP/s")
-        for section in (lambda: tune(state), lambda: decode(state, roofs), lambda: rest(state, roofs), lambda: whole_model(state)):
+        state.say(
+            f"read {roofs.read / 1e9:.0f} GB/s, copy {roofs.copy / 1e9:.0f} GB/s, matmul {roofs.matmul / 1e12:.0f} TFLOP/s"
+        )
+        for section in (
+            lambda: tune(state),
+            lambda: decode(state, roofs),
+            lambda: rest(state, roofs),
+            lambda: whole_model(state),
+        ):
             section()
     table(state)
     args.out.write_text(json.dumps(state.results, indent=1) + "\n")
@@ -430,10 +288,14 @@ def main() -> None:
         raise SystemExit("some results are wrong: nothing was timed")
 
 
-def triton_version() -> dict[str, str]:
-    import triton
-
-    return {"triton": triton.__version__}
+def setting(state: Session) -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": "interpreter" if state.smoke else torch.cuda.get_device_name(state.device),
+        "kernel": dispatch.kernel_name(device=state.device.type),
+        "versions": versions | {"kvfold": kvfold.__version__, "cuda": torch.version.cuda},
+    }
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Which kernel attends: the compiled one where it can, plain torch elsewhere, and `kernel_name` says which.
 
 The compiled kernels take segments whose codec they know, on the CPU (kvfold.kernels.cpu) and on NVIDIA GPUs
-(kvfold.kernels.triton). All others run on the reference: other devices, a codec that is new, double precision, or an installation
-without a compiler or Triton. KVFOLD_CPU and KVFOLD_TRITON choose by hand; what they ask for and can't have is an error.
+(kvfold.kernels.triton). All others run on the reference: other devices, a codec that is new, double precision, or an
+installation without a compiler or Triton. KVFOLD_CPU and KVFOLD_TRITON choose by hand; what they ask for and can't have is an
+error.
 """
 
 from collections.abc import Iterator, Sequence

@@ -63,11 +63,14 @@ def _print(found: "DecodeProfile") -> None:
         + (f", busy {found.utilisation} % of the time" if found.utilisation is not None else "")
     )
     total = sum(x.seconds for x in found.operations)
-    print(f"\n{'operation':<42} {'calls':>6} {'ms/step':>8} {'time':>6} {'MB/step':>9} {'GFLOP/step':>10} {'GB/s':>7} {'of roof':>8}")
+    print(
+        f"\n{'operation':<40} {'calls':>6} {'ms/step':>8} {'time':>6} {'MB/step':>9} {'GFLOP/step':>10} {'GB/s':>7}"
+        f" {'of roof':>8}"
+    )
     for x in found.operations[:_ROWS]:
         share = x.share(roofs)
         print(
-            f"{x.name[:42]:<42} {x.calls:>6} {1e3 * x.seconds / found.steps:>8.3f} {x.seconds / total:>6.1%} "
+            f"{x.name[:40]:<40} {x.calls:>6} {1e3 * x.seconds / found.steps:>8.3f} {x.seconds / total:>6.1%} "
             f"{x.num_bytes / found.steps / 1e6:>9.2f} {x.flops / found.steps / 1e9:>10.3f} "
             f"{x.num_bytes / x.seconds / 1e9:>7.1f} {'–' if share is None else f'{share:.0%}':>8}"
         )

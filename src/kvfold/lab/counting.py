@@ -1,8 +1,8 @@
 """Bytes and FLOPs of every operation in a piece of code, by its name: what a profiler's times are compared with.
 
 torch's operations are counted as they are dispatched: the bytes of all tensors that go in and come out, each tensor once an
-operation, and the FLOPs of matrix products by torch's own formulas. kvfold's attention is one operation, `kvfold::attend`: it is
-given a range of its own in the trace (and in NVTX), and counts what its segments hold.
+operation, and the FLOPs of matrix products by torch's own formulas. kvfold's attention is one operation, `kvfold::attend`: it
+is given a range of its own in the trace (and in NVTX), and counts what its segments hold.
 """
 
 from collections import Counter
@@ -54,10 +54,11 @@ class Ledger(TorchDispatchMode):
     def attending(self, looks: Sequence[tuple[Any, Query]]) -> Iterator[None]:
         """Counts attention over `looks` as one operation."""
         self.calls[ATTEND] += 1
+        self.num_bytes[ATTEND] += 2 * looks[0][1].q.nbytes  # queries and outputs, which all segments share
         for segment, query in looks:
             num_bytes, num_pairs = _read(segment)
-            rows, num_vectors, head_dim = query.q.shape
-            self.num_bytes[ATTEND] += num_bytes + 2 * query.q.nbytes
+            _, num_vectors, head_dim = query.q.shape
+            self.num_bytes[ATTEND] += num_bytes
             self.flops[ATTEND] += 4 * head_dim * num_vectors * num_pairs
         self._inside = True
         try:
@@ -79,7 +80,7 @@ def _read(segment: Any) -> tuple[int, int]:
 
 @contextmanager
 def attention_ranges(ledger: Ledger | None = None, *, nvtx: bool = False) -> Iterator[None]:
-    """Inside it every call of kvfold's attention is a range `kvfold::attend`, counted by `ledger` and shown to NVTX if asked."""
+    """Every call of kvfold's attention is a range `kvfold::attend`, or counted by `ledger`; NVTX sees it if asked to."""
     attend = dispatch.attend
 
     def watched(looks: Sequence[tuple[Any, Query]]) -> Partial:

@@ -30,7 +30,7 @@ class DecodeProfile:
         operations: of all traced steps, the slowest first.
         step_ms: a decode step without the profiler, median.
         kv_bytes: the cache's, all of them.
-        utilisation: the share of time in which the GPU ran a kernel, in percent as its driver says; None where it can't be read.
+        utilisation: percent of time in which the GPU ran a kernel, as its driver says; None where it can't be read.
     """
 
     plan: str
@@ -90,9 +90,7 @@ def _step(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> None:
     model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def _timed_steps(
-    model: PreTrainedModel, cache: KVCache, token: torch.Tensor, steps: int, device: torch.device
-) -> list[float]:
+def _timed_steps(model: PreTrainedModel, cache: KVCache, token: torch.Tensor, steps: int, device: torch.device) -> list[float]:
     """Seconds of decode steps without a profiler, the first left out."""
     from time import perf_counter
 
@@ -107,7 +105,7 @@ def _timed_steps(
 
 
 def _operations(profiler: Any, ledger: Ledger, *, on_gpu: bool) -> list[Operation]:
-    """Own times by name, from the profiler, with the ledger's counts. kvfold's attention is a whole: what it calls is inside."""
+    """Own times by name, from the profiler, with the ledger's counts. What kvfold's attention calls is inside of it."""
     inside: dict[str, float] = {}
     for event in profiler.events():
         if _within_attention(event) and event.name != ATTEND:

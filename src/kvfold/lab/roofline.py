@@ -102,15 +102,18 @@ def measure_roofs(device: torch.device, dtype: torch.dtype, *, num_bytes: int | 
     on_gpu = device.type == "cuda"
     num_bytes = num_bytes or (2**30 if on_gpu else 2**28)
     size = size or (8192 if on_gpu else 1024)
-    x = torch.ones(num_bytes // 8, dtype=torch.int64, device=device)
-    y = torch.empty_like(x)
-    read = x.nbytes / best_seconds(lambda: x.sum(), device)
-    copy = 2 * x.nbytes / best_seconds(lambda: y.copy_(x), device)
-    del x, y
+    read, copy = _bandwidths(num_bytes, device)
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     matmul = 2 * size**3 / best_seconds(lambda: a @ b, device)
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
     return Roofs(read, copy, matmul, str(dtype).removeprefix("torch."), name, torch.get_num_threads())
+
+
+def _bandwidths(num_bytes: int, device: torch.device) -> tuple[float, float]:
+    x = torch.ones(num_bytes // 8, dtype=torch.int64, device=device)
+    y = torch.empty_like(x)
+    read = x.nbytes / best_seconds(x.sum, device)
+    return read, 2 * x.nbytes / best_seconds(lambda: y.copy_(x), device)
 
 
 def draw(roofs: Roofs, operations: Sequence[Operation], path: Path, title: str) -> None:
@@ -126,8 +129,15 @@ def draw(roofs: Roofs, operations: Sequence[Operation], path: Path, title: str) 
     intensities = [x.intensity for x in points] + [ridge]
     low, high = min(intensities) / 4, max(intensities) * 4
     axes.plot([low, ridge, high], [low * roofs.bandwidth / 1e9, roofs.matmul / 1e9, roofs.matmul / 1e9], "k-", linewidth=1.5)
-    axes.annotate(f"{roofs.bandwidth / 1e9:.0f} GB/s", (low, low * roofs.bandwidth / 1e9), textcoords="offset points", xytext=(6, 12))
-    axes.annotate(f"{roofs.matmul / 1e9:.0f} GFLOP/s in {roofs.dtype}", (ridge, roofs.matmul / 1e9), xytext=(0, 6), textcoords="offset points")
+    axes.annotate(
+        f"{roofs.bandwidth / 1e9:.0f} GB/s", (low, low * roofs.bandwidth / 1e9), textcoords="offset points", xytext=(14, 0)
+    )
+    axes.annotate(
+        f"{roofs.matmul / 1e9:.0f} GFLOP/s in {roofs.dtype}",
+        (ridge, roofs.matmul / 1e9),
+        xytext=(0, 6),
+        textcoords="offset points",
+    )
     total = sum(x.seconds for x in operations) or 1.0
     for point, marker in zip(points, "osD^vP*X<>" * (1 + len(points) // 10), strict=False):
         area = 30 + 400 * point.seconds / total

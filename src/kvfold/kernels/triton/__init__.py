@@ -1,8 +1,8 @@
 """Attention on a GPU, in Triton: codes are multiplied as they lie in memory, by one family of kernels for every codec.
 
 The signatures are those of kvfold.kernels.cpu. Nothing here imports Triton before it is asked for: `available` says whether it
-can be had. KVFOLD_TRITON=off puts attention on the reference; KVFOLD_TRITON=interpret runs the kernels on CPU tensors in Triton's
-interpreter (which needs TRITON_INTERPRET=1 as well, set before Triton is imported): slow, and the same arithmetic.
+can be had. KVFOLD_TRITON=off puts attention on the reference; KVFOLD_TRITON=interpret runs the kernels on CPU tensors in
+Triton's interpreter (which needs TRITON_INTERPRET=1 as well, set before Triton is imported): slow, and the same arithmetic.
 
 Numbers: codes and half precision numbers meet queries in half precision with sums in float32, bfloat16 ones meet queries in two
 bfloat16 halves. Scales below 2^-14 lose bits as half precision does there.
@@ -13,7 +13,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
@@ -84,6 +84,7 @@ class Descriptor:
         fields: K's and V's tensors. Blocks are owned by their pool, which must outlive this.
         table: `[R, C] long`, or None for a run.
         slots: `[P, T] int32` of a pool, `[R, N] int32` of a run, or None where rows are contiguous.
+        levels: half precision tables of K and V, where codes name levels.
     """
 
     codec: KVCodec
@@ -93,6 +94,7 @@ class Descriptor:
     fields: Fields
     table: torch.Tensor | None
     slots: torch.Tensor | None
+    levels: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     _spans: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
@@ -135,8 +137,8 @@ def supports(codec: KVCodec) -> bool:
     sides = [_inner(codec.k), _inner(codec.v)]
     if codec.block % 64 or codec.block & (codec.block - 1) or not all(map(_known, sides)):
         return False
-    by_channel = [side.bits for side in sides if isinstance(side, Affine) and side.axis == "channel"]
-    return len(set(by_channel)) < 2  # two orders of tokens would meet in one product
+    orders = [_side(side, codec.block, codec.block) for side in sides]
+    return len({side.bits for side in orders if side.by_channel}) < 2  # two orders of tokens would meet in one product
 
 
 def supports_dense(dtype: torch.dtype) -> bool:
@@ -157,12 +159,11 @@ def describe_blocks(
     _check("table", table, tuple(table.shape), torch.int64)
     if slots is not None:
         _check("slots", slots, (capacity, codec.block), torch.int32)
-    sides = []
-    for name in ("k", "v"):
-        side = _side(_inner(getattr(codec, name)), codec.block, head_dim)
-        _check_fields(name, _inner(getattr(codec, name)), side, part(name, fields), capacity)
-        sides.append(side)
-    return Descriptor(codec, *sides, codec.block, fields, table, slots)
+    k_side, v_side = (_side(_inner(side), codec.block, head_dim) for side in (codec.k, codec.v))
+    _check_fields("k", _inner(codec.k), k_side, part("k", fields), capacity)
+    _check_fields("v", _inner(codec.v), v_side, part("v", fields), capacity)
+    levels = (_levels(codec.k, table.device), _levels(codec.v, table.device))
+    return Descriptor(codec, k_side, v_side, codec.block, fields, table, slots, levels)
 
 
 def describe_run(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> Descriptor | None:
@@ -184,8 +185,21 @@ def _inner(codec: TensorCodec) -> TensorCodec:
     return codec.inner if type(codec) is Rotated else codec
 
 
+@runtime_checkable
+class _Table(Protocol):
+    """A codec whose codes name levels and whose other fields are those of Affine, with a zero point if there is an `offset`."""
+
+    levels: tuple[float, ...]
+    axis: str
+    group: int
+    offset: bool
+    scales: str
+
+
 def _known(codec: TensorCodec) -> bool:
-    """By exact type: a subclass may write its fields in another way."""
+    """By exact type, but for tables: a subclass may write its fields in another way."""
+    if isinstance(codec, _Table):
+        return len(codec.levels) in (4, 16) and (codec.axis == "token" or codec.block % codec.group == 0)
     if type(codec) is Affine:
         return codec.bits in (8, 4, 2) and (codec.axis == "token" or codec.block % codec.group == 0)
     return type(codec) is Float8 or (type(codec) is DenseCodec and codec.dtype in _DENSE)
@@ -200,11 +214,22 @@ def _side(codec: TensorCodec, block: int, head_dim: int) -> "Side":
         lines, columns = (head_dim, block) if by_channel else (block, head_dim)
         group = codec.group if by_channel else channel_group(head_dim, codec.group)
         return Side("affine", codec.bits, by_channel, lines, columns, group, codec.scales, codec.symmetric)
+    if isinstance(codec, _Table):
+        by_channel = codec.axis == "channel"
+        lines, columns = (head_dim, block) if by_channel else (block, head_dim)
+        group = codec.group if by_channel else channel_group(head_dim, codec.group)
+        bits = len(codec.levels).bit_length() - 1
+        return Side("table", bits, by_channel, lines, columns, group, codec.scales, not codec.offset)
     if isinstance(codec, Float8):
         scales = "half" if codec.scaled else "none"
         return Side("float8", _EXPONENT_BITS[codec.format], False, block, head_dim, head_dim, scales)
     assert isinstance(codec, DenseCodec)
     return Side("dense", 8 * codec.dtype.itemsize, False, block, head_dim, head_dim)
+
+
+def _levels(codec: TensorCodec, device: torch.device) -> torch.Tensor | None:
+    inner = _inner(codec)
+    return torch.tensor(inner.levels, dtype=torch.float16, device=device) if isinstance(inner, _Table) else None
 
 
 def _check_fields(name: str, codec: TensorCodec, side: "Side", fields: Fields, capacity: int) -> None:

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kvfold.kernels.triton.attention import kernel
 from kvfold.kernels.triton.layout import Side
+from kvfold.kernels.triton.tiles import kernel
 from kvfold.store.affine import Affine
 from kvfold.store.base import Fields
 

@@ -178,7 +178,7 @@ def _side_arguments(name: str, segment: Descriptor) -> dict[str, Any]:
         f"{name}_scale": fields.get("scale"),
         f"{name}_zero": fields.get("zero"),
         f"{name}_base": fields.get("base"),
-        f"{name}_levels": None,
+        f"{name}_levels": segment.levels[name == "v"],
         f"{name}_row_stride": row_stride,
         f"{name}_line_stride": line_stride,
     }

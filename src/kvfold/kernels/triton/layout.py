@@ -247,9 +247,9 @@ def _half(bits):
 def _halves(SIDE: tl.constexpr, raw):
     """The codes of a word as half precision numbers, exactly.
 
-    0x6400 is 1024 in half precision, where a unit of the last place is 1: or-ing bits in adds them. A word is written twice into
-    32 bits, so that two of its codes are masked, or-ed and multiplied at once; a code that stands higher by k bits comes out 2^k
-    times as large.
+    0x6400 is 1024 in half precision, where a unit of the last place is 1: or-ing bits in adds them. A word is written twice
+    into 32 bits, so that two of its codes are masked, or-ed and multiplied at once; a code that stands higher by k bits comes
+    out 2^k times as large.
     """
     if SIDE.bits == 8:
         x = (_half((raw & 255) | 0x6400) - 1024.0, _half((raw >> 8) | 0x6400) - 1024.0)

@@ -1,7 +1,7 @@
 """Which launch configuration a kernel takes: measured ones are kept in the user's cache folder, by device and shape.
 
-Nothing is tuned behind a user's back: `tune` is called by benchmarks/gpu.py. Without it, `DEFAULT` is used, which was chosen from
-what the compiler makes of the kernels (registers, shared memory, instructions a block), not from a measurement.
+Nothing is tuned behind a user's back: `tune` is called by benchmarks/gpu.py. Without it, `DEFAULT` is used, which was chosen
+from what the compiler makes of the kernels (registers, shared memory, instructions a block), not from a measurement.
 """
 
 import functools
@@ -17,6 +17,7 @@ from kvfold.files import cache_folder, make_folder, replacing
 
 if TYPE_CHECKING:
     from kvfold.kernels.triton import Descriptor
+    from kvfold.kernels.triton.layout import Side
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,31 @@ class Config:
 
 
 DEFAULT = Config()
+INTERPRETED = Config(1, 1, 2, 1)
 CANDIDATES = tuple(
-    Config(warps, stages, programs, 4) for warps in (4, 8) for stages in (2, 3, 4) for programs in (2, 4) if (warps, stages) != (8, 2)
+    Config(warps, stages, programs, 4)
+    for warps in (4, 8)
+    for stages in (2, 3, 4)
+    for programs in (2, 4)
+    if (warps, stages) != (8, 2)
 )
 
 
 def choose(segment: "Descriptor", head_dim: int, block_m: int, device: torch.device) -> Config:
     """The configuration that was measured for this shape on this device, or `DEFAULT`."""
     if device.type != "cuda":
-        return Config(1, 1, 2, 1)
-    return _measured(str(_path(device))).get(key(segment, head_dim, block_m), DEFAULT)
+        return INTERPRETED
+    return _chosen(segment.k_side, segment.v_side, segment.table is not None, head_dim, block_m, device)
 
 
-def key(segment: "Descriptor", head_dim: int, block_m: int) -> str:
+@functools.cache
+def _chosen(k: "Side", v: "Side", paged: bool, head_dim: int, block_m: int, device: torch.device) -> Config:
+    return _measured(_path(device)).get(_key(k, v, paged, head_dim, block_m), DEFAULT)
+
+
+def _key(k: "Side", v: "Side", paged: bool, head_dim: int, block_m: int) -> str:
     """What a configuration depends on, besides the device."""
-    return f"{segment.k_side} {segment.v_side} paged={segment.table is not None} head_dim={head_dim} block_m={block_m}"
+    return f"{k} {v} paged={paged} head_dim={head_dim} block_m={block_m}"
 
 
 def tune(
@@ -62,8 +73,10 @@ def tune(
     milliseconds: Callable[[Config], float],
     candidates: Iterable[Config] = CANDIDATES,
 ) -> dict[Config, float]:
-    """Measures all candidates with `milliseconds` and keeps the fastest on disk. A candidate that the device can't launch counts
-    as infinitely slow. Returns all times."""
+    """Measures all candidates with `milliseconds`, keeps the fastest on disk, and returns all times.
+
+    A candidate that the device can't launch counts as infinitely slow.
+    """
     from triton.runtime.errors import OutOfResources
 
     times = {}
@@ -73,11 +86,12 @@ def tune(
         except OutOfResources:
             times[config] = float("inf")
     path = _path(device)
-    kept = _measured(str(path)) | {key(segment, head_dim, block_m): min(times, key=times.__getitem__)}
+    name = _key(segment.k_side, segment.v_side, segment.table is not None, head_dim, block_m)
+    kept = _measured(path) | {name: min(times, key=times.__getitem__)}
     make_folder(path.parent)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({name: asdict(config) for name, config in kept.items()}, indent=1))
-    _measured.cache_clear()
+    _chosen.cache_clear()
     return times
 
 
@@ -95,10 +109,9 @@ def _path(device: torch.device) -> Path:
     return cache_folder() / "triton" / f"{name}-triton-{triton.__version__}.json"
 
 
-@functools.cache
-def _measured(path: str) -> dict[str, Config]:
+def _measured(path: Path) -> dict[str, Config]:
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(path.read_text())
         return {name: Config(**config) for name, config in found.items()}
     except (OSError, ValueError, TypeError):  # not there yet, or of another version: what it says can be measured again
         return {}
