@@ -123,11 +123,11 @@ def test_plans_over_head_dims(name: str, head_dim: int) -> None:
     check(blocks_of(codec, case), query_of(case), with_mass=False)
 
 
-@pytest.mark.parametrize("length", [0, 1, 64, 65, 450])
+@pytest.mark.parametrize("length", [0, 1, 64, 65, 260])
 @pytest.mark.parametrize("name", ["int4", "fp8"])
 def test_lengths(name: str, length: int) -> None:
     codec = Plan.parse(name).store.codec(Site(64, torch.float16))
-    case = Case(length=length, ragged=length != 450)
+    case = Case(length=length, ragged=length != 260)
     check(blocks_of(codec, case), query_of(case))
 
 
@@ -143,8 +143,8 @@ def test_lengths(name: str, length: int) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["int4", "int8(k_axis=token)"])
-def test_what_queries_see(name: str, case: Case) -> None:
+def test_what_queries_see(case: Case) -> None:
+    name = "int8(k_axis=token)" if case.holes or case.num_groups == 1 else "int4"
     check(blocks_of(Plan.parse(name).store.codec(Site(64, torch.float32)), case), query_of(case))
 
 
@@ -264,6 +264,8 @@ def test_what_it_does_not_know_runs_on_the_reference() -> None:
     assert dispatch.kernel_name(both, DEVICE) == "torch-reference"
     case = Case(length=64)
     assert dispatch.attend([(blocks_of(both, case), query_of(case))]).out.isfinite().all()
+    rotated = KVCodec(Rotated(Affine(4), 256), Rotated(Affine(4), 256))
+    assert not triton.encodes(rotated, 256)  # the rotation and a block exceed the shared memory of a multiprocessor
     small = Case(head_dim=8, length=64)
     assert blocks_of(KVCodec(Float8("e4m3", True), Float8("e4m3", True)), small).locate(8) is None
 

@@ -34,6 +34,7 @@ RUN_BLOCK = 64
 _DENSE = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
 _MIN_HEAD_DIM = 16  # of a tensor core's product
+_MAX_ROTATED = 128  # of encoding: a larger rotation and a block don't fit into a multiprocessor's shared memory
 _EXPONENT_BITS = {"e4m3": 4, "e5m2": 5}
 
 
@@ -259,7 +260,8 @@ def _check(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtyp
 
 def encodes(codec: KVCodec, head_dim: int) -> bool:
     """Whether `encode` can take the place of the codec's own encoding of whole blocks."""
-    return all(_encodes(_inner(side), codec.block, head_dim) for side in (codec.k, codec.v))
+    too_large = head_dim > _MAX_ROTATED and any(type(side) is Rotated for side in (codec.k, codec.v))
+    return not too_large and all(_encodes(_inner(side), codec.block, head_dim) for side in (codec.k, codec.v))
 
 
 def encode(codec: KVCodec, k: torch.Tensor, v: torch.Tensor) -> Fields:
