@@ -1,17 +1,21 @@
 """Encoded tokens of one layer, in blocks of a pool: writing them, thinning them out, and keeping them close together."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 
 from kvfold import kernels
 from kvfold.attention import dispatch
 from kvfold.attention.dispatch import Located
-from kvfold.attention.reference import Tile
-from kvfold.pool import BlockPool
-from kvfold.segment import TILE_TOKENS, Run, Segment
-from kvfold.store.base import KVCodec
+from kvfold.attention.reference import Query, Tile
+from kvfold.block_view import BlockView
+from kvfold.pool import BlockPool, PoolPart
+from kvfold.segment import Run, Segment
+from kvfold.store.base import Fields, KVCodec
+
+Summarize = Callable[[torch.Tensor, torch.Tensor | None], Fields]
+"""Keys `[..., T, D]` of whole blocks, and the scores `[..., T]` of their tokens if they have any, to fields `page.*`."""
 
 
 class Blocks(Segment):
@@ -24,16 +28,33 @@ class Blocks(Segment):
     A codec whose unit is the token moves tokens between blocks without loss. One whose unit is the block (K per
     channel) encodes whole blocks; when enough holes have come together, the emptiest blocks are decoded, merged and
     encoded again.
+
+    With `summarize` every block is written as a whole, together with what a read stage wants to know of it.
     """
 
-    def __init__(self, codec: KVCodec, num_rows: int, device: torch.device, *, contiguous: bool, scored: bool):
-        self.codec = codec
-        self.pool = BlockPool(num_rows, codec.block, device, slots=not contiguous, scored=scored)
+    def __init__(
+        self,
+        codec: KVCodec,
+        num_rows: int,
+        device: torch.device,
+        *,
+        contiguous: bool,
+        scored: bool,
+        pool: Callable[..., BlockPool] = BlockPool,
+        summarize: Summarize | None = None,
+    ):
+        self.codec, self.summarize = codec, summarize
+        self.pool = pool(num_rows, codec.block, device, slots=not contiguous, scored=scored)
         self.starts: list[int] | None = [0] * num_rows if contiguous else None
         self.lengths = [0] * num_rows if contiguous else []
         self._described: tuple[Any, Any] | None = None
 
     # -- what is there ---------------------------------------------------------------------------------------------------
+
+    @property
+    def unit(self) -> Literal["token", "block"]:
+        """What is written at a time."""
+        return "block" if self.summarize else self.codec.unit
 
     @property
     def contiguous(self) -> bool:
@@ -46,14 +67,7 @@ class Blocks(Segment):
 
     def slots(self) -> torch.Tensor:
         """`[R, width] long`: the slot of every place, -1 where there is no token."""
-        pool = self.pool
-        if self.starts is None:
-            slots = pool.slots[pool.table.clamp_min(0)].long().masked_fill(pool.table[..., None] < 0, -1)
-            return slots.flatten(1)
-        place = torch.arange(self.width, device=pool.device)
-        starts = torch.tensor(self.starts, device=pool.device)[:, None]
-        lengths = torch.tensor(self.lengths, device=pool.device)[:, None]
-        return torch.where(place < lengths, starts + place, -1)
+        return self._view(PoolPart({}, self.pool.table, self.pool.table, None), None, self.codec).slots()
 
     def score(self) -> torch.Tensor:
         """`[R, width] float32`: the keep policy's number for every place."""
@@ -77,19 +91,13 @@ class Blocks(Segment):
         return (self.slots() >= 0).sum(1)
 
     def tiles(self) -> Iterator[Tile]:
-        pool = self.pool
-        slots = self.slots()
-        columns = max(1, TILE_TOKENS // pool.block)
-        for start in range(0, pool.table.shape[1], columns):
-            fields = pool.gather(pool.table[:, start : start + columns].clamp_min(0))
-            end = (start + columns) * pool.block
-            whole = self.contiguous and min(self.lengths) >= min(end, self.width)
-            yield Tile(fields, slots[:, start * pool.block : end], whole=whole)
+        for view in self.parts():
+            yield from view.tiles()
 
     def locate(self, head_dim: int) -> Located | None:
         pool = self.pool
         family = kernels.serving(pool.device.type)
-        if family is None or not pool.fields or not family.supports(self.codec):
+        if family is None or not pool.in_one_place or not pool.fields or not family.supports(self.codec):
             return None
         mark = family, pool.mark()
         if self._described is None or self._described[0] != mark:
@@ -101,9 +109,48 @@ class Blocks(Segment):
             return Located(self._described[1])
         return Located(self._described[1], self.starts, self.lengths)
 
+    def parts(self, columns: torch.Tensor | None = None, codec: KVCodec | None = None) -> Iterator[BlockView]:
+        """What attention reads, part by part; each is valid until the next is asked for.
+
+        Args:
+            columns: `[R, n] long`, columns of the table in order, -1 after a row's last; None for all.
+            codec: one that reads the fields in another way than the one that writes them.
+        """
+        table = self.pool.table
+        if columns is not None:
+            table = table.gather(1, columns.clamp_min(0)).masked_fill(columns < 0, -1)
+        for part in self.pool.located(table):
+            mine = part.columns
+            if columns is not None:
+                mine = columns if mine is None else columns.gather(1, mine.clamp_min(0)).masked_fill(mine < 0, -1)
+            yield self._view(part, mine, codec or self.codec)
+
+    def mass(self, query: Query, lse: torch.Tensor) -> torch.Tensor:
+        if self.pool.in_one_place:
+            return super().mass(query, lse)
+        rows, num_columns = self.pool.table.shape
+        received = query.q.new_zeros(rows, query.num_groups, num_columns + 1, self.pool.block)
+        for view in self.parts():
+            assert view.columns is not None
+            columns = view.columns.masked_fill(view.columns < 0, num_columns)  # one too many, for what is none
+            mass = view.mass(query, lse).view(rows, query.num_groups, -1, self.pool.block)
+            received.scatter_(2, columns[:, None, :, None].expand_as(mass), mass)
+        return received[:, :, :-1].flatten(2)
+
+    def _view(self, part: PoolPart, columns: torch.Tensor | None, codec: KVCodec) -> BlockView:
+        """The blocks of a part, which are `columns [R, c]` of the table (None: all)."""
+        if self.starts is None:
+            return BlockView(codec, part.fields, part.index, columns, self.pool.slots_in(part))
+        if columns is None:
+            return BlockView(codec, part.fields, part.index, None, None, self.starts, self.lengths)
+        left = torch.tensor(self.lengths, device=columns.device)[:, None] - columns * self.pool.block
+        tokens = left.clamp(0, self.pool.block).masked_fill(columns < 0, 0).sum(1)
+        # Slots tell queries what is younger, or outside of a strict window; without a keep policy all that is held is seen.
+        return BlockView(codec, part.fields, part.index, columns, None, [0] * len(self.lengths), tokens.tolist())
+
     def dense(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """All tokens decoded, `[R, width, D] float32` twice, and their slots: for tests, never for attention."""
-        k, v = self.codec.decode({name: x[self.pool.table.clamp_min(0)] for name, x in self.pool.fields.items()})
+        k, v = self.codec.decode(self.pool.read(self.pool.table.clamp_min(0)))
         return k.flatten(1, 2), v.flatten(1, 2), self.slots()
 
     # -- what changes ----------------------------------------------------------------------------------------------------
@@ -114,7 +161,7 @@ class Blocks(Segment):
             return
         if self.contiguous and not self._continues(run):
             self._keep_slots()
-        if self.codec.unit == "token":
+        if self.unit == "token":
             self._write_tokens(run)
         else:
             self._write_blocks(run)
@@ -146,7 +193,7 @@ class Blocks(Segment):
         assert self.starts is not None
         kept = [max(0, min(n, end - start)) for start, n in zip(self.starts, self.lengths, strict=True)]
         rest = None
-        if self.codec.unit == "block":
+        if self.unit == "block":
             whole = [n // self.pool.block * self.pool.block for n in kept]
             if whole != kept:
                 rest = self._cut_blocks(whole, kept)
@@ -189,7 +236,7 @@ class Blocks(Segment):
         start = torch.tensor(whole, device=pool.device)[:, None]
         count = torch.tensor(kept, device=pool.device)[:, None] - start
         ids = pool.table.gather(1, (start // pool.block).clamp_max(pool.table.shape[1] - 1))[:, 0].clamp_min(0)
-        k, v = self.codec.decode({name: x[ids] for name, x in pool.fields.items()})
+        k, v = self.codec.decode(pool.read(ids))
         offset = torch.arange(pool.block, device=pool.device)
         slots = torch.tensor(self.starts, device=pool.device)[:, None] + start + offset
         present = offset < count
@@ -205,7 +252,7 @@ class Blocks(Segment):
         pool = self.pool
         counts = run.counts()
         place = self._next_places(counts, run.width) if self.contiguous else self._free_places(counts, run.width)
-        encoded = self.codec.encode(run.k, run.v)
+        encoded = dispatch.encode(self.codec, run.k, run.v)
         slots, score = run.slots, run.score
         if bool((counts == run.width).all()):
             addresses = pool.places(place).flatten()
@@ -217,10 +264,14 @@ class Blocks(Segment):
             written = {name: x[valid] for name, x in encoded.items()}
             slots, score = slots[valid], None if score is None else score[valid]
         pool.write_tokens(addresses, written)
-        if pool.has_slots:
-            pool.slots.view(-1)[addresses] = slots
-        if pool.scored and score is not None:
-            pool.score.view(-1)[addresses] = score
+        self._note(addresses, slots, score)
+
+    def _note(self, addresses: torch.Tensor, slots: torch.Tensor, score: torch.Tensor | None) -> None:
+        """Writes the slots and scores of new tokens, where they are kept."""
+        if self.pool.has_slots:
+            self.pool.slots.view(-1)[addresses] = slots.int()
+        if self.pool.scored and score is not None:
+            self.pool.score.view(-1)[addresses] = score
 
     def _next_places(self, counts: torch.Tensor, width: int) -> torch.Tensor:
         """`[R, width]`: the places after the last token of each row, for `counts [R]` new ones."""
@@ -259,28 +310,40 @@ class Blocks(Segment):
         if self.contiguous:
             whole = [n // pool.block for n in self.lengths]
             if uniform:
-                pool.append_blocks(whole, self._encode_blocks(run.k, run.v))
+                pool.append_blocks(whole, self._encode_blocks(run.k, run.v, run.score))
             else:
                 for r, count in enumerate(counts):
                     if count:
                         row = run.rows(torch.tensor([r], device=pool.device))
-                        encoded = self._encode_blocks(row.k[:, :count], row.v[:, :count])
+                        score = None if row.score is None else row.score[:, :count]
+                        encoded = self._encode_blocks(row.k[:, :count], row.v[:, :count], score)
                         pool.append_row_blocks(r, encoded)
             self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
+            return
+        if uniform and counts[0] % pool.block == 0 and not bool(self._free().any()):
+            before = torch.tensor(pool.num_blocks(), device=pool.device)[:, None] * pool.block
+            pool.append_blocks(pool.num_blocks(), self._encode_blocks(run.k, run.v, run.score))
+            addresses = pool.places(before + torch.arange(run.width, device=pool.device)).flatten()
+            self._note(addresses, run.slots.flatten(), None if run.score is None else run.score.flatten())
             return
         for r, count in enumerate(counts):
             if count:
                 row = run.rows(torch.tensor([r], device=pool.device))
                 self._merge(r, row.where(row.slots >= 0))
 
-    def _encode_blocks(self, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _encode_blocks(self, k: torch.Tensor, v: torch.Tensor, score: torch.Tensor | None = None) -> Fields:
         """`[R, n, D]` to fields `[R, ceil(n / T), ...]`; a last block that is not full repeats its last token."""
         block = self.pool.block
         rows, num_tokens, head_dim = k.shape
         if short := -num_tokens % block:
             k = torch.cat([k, k[:, -1:].expand(-1, short, -1)], 1)
             v = torch.cat([v, v[:, -1:].expand(-1, short, -1)], 1)
-        return dispatch.encode(self.codec, k.reshape(rows, -1, block, head_dim), v.reshape(rows, -1, block, head_dim))
+            score = None if score is None else torch.cat([score, score[:, -1:].expand(-1, short)], 1)
+        k = k.reshape(rows, -1, block, head_dim)
+        fields = dispatch.encode(self.codec, k, v.reshape(rows, -1, block, head_dim))
+        if self.summarize:
+            fields |= self.summarize(k, None if score is None else score.reshape(rows, -1, block))
+        return fields
 
     def _merge(self, row: int, fresh: Run | None) -> None:
         """Brings a row's tokens and `fresh` ones into as few blocks as can be, by rewriting only the emptiest blocks."""
@@ -307,9 +370,9 @@ class Blocks(Segment):
         if not len(places) and fresh is None:
             pool.replace_row_blocks(row, freed, 0)
             return
-        if self.codec.unit == "token":
+        if self.unit == "token":
             assert fresh is None
-            moved = {name: x.flatten(0, 1)[places] for name, x in pool.fields.items()}
+            moved = pool.read_tokens(places)
             pool.replace_row_blocks(row, freed, -(-len(places) // pool.block))
             target = pool.tail_places(row, len(places))
             pool.write_tokens(target, moved)
@@ -324,17 +387,16 @@ class Blocks(Segment):
             order = slots.argsort()
             slots = slots[order]
             score = None if score is None else score[order]
-            encoded = self._encode_blocks(k[None, order], v[None, order])
+            of_row = None if score is None else score[None]
+            encoded = self._encode_blocks(k[None, order], v[None, order], of_row)
             pool.replace_row_blocks(row, freed, 0)
             pool.append_row_blocks(row, encoded)
             target = pool.tail_places(row, len(slots))
-        pool.slots.view(-1)[target] = slots.int()
-        if score is not None:
-            pool.score.view(-1)[target] = score
+        self._note(target, slots, score)
 
     def _decode_places(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Single tokens, dense: `[n, D]` twice."""
         ids, inverse = (places // self.pool.block).unique(return_inverse=True)
-        k, v = self.codec.decode({name: x[ids] for name, x in self.pool.fields.items()})
+        k, v = self.codec.decode(self.pool.read(ids))
         offset = places % self.pool.block
         return k[inverse, offset], v[inverse, offset]

@@ -1,28 +1,29 @@
 """The cache of one layer: where the stages of a plan meet.
 
-    new K, V → sinks (dense) | keep policy → recent (dense) → codec → blocks
+    new K, V → sinks (dense) | keep policy → recent (dense) → codec → blocks → tier
 
 A layer first attends to what it holds and to the new tokens, and only then lets go of any: so a chunk loses nothing
 that its own queries were to see. Everything that the layer holds is in three segments, `sink`, `body` and `recent`.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvfold.attention import dispatch
-from kvfold.attention.reference import Partial, Query
+from kvfold.attention.reference import Partial, Query, merge
 from kvfold.blocks import Blocks
 from kvfold.budget import latest, split_over_heads
 from kvfold.errors import PlanError
 from kvfold.handle import Handle, SeenLength
 from kvfold.keep.base import KeepContext
 from kvfold.plan import LayerPlan
+from kvfold.pool import BlockPool
 from kvfold.segment import Run, Segment, join
 from kvfold.site import Site
-from kvfold.store.base import part
+from kvfold.tier.pool import TieredPool
 
 
 class LayerCache(CacheLayerMixin):
@@ -34,10 +35,14 @@ class LayerCache(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
+    runs: ClassVar[tuple[str, ...]] = ("sink", "recent")
+    """The dense segments, by name."""
+    sink: Run
+    recent: Run
 
-    def __init__(self, site: Site, plan: LayerPlan):
+    def __init__(self, site: Site, plan: LayerPlan, pool: Callable[..., BlockPool] = BlockPool):
         super().__init__()
-        self.site, self.plan = site, plan
+        self.site, self.plan, self._new_pool = site, plan, pool
         self.codec = plan.store.codec(site)
         self.rope = site.model.rope() if plan.keep and plan.keep.reindex and site.model else None
         self.is_croppable = plan.keep is None
@@ -51,13 +56,24 @@ class LayerCache(CacheLayerMixin):
         batch, heads, _, head_dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         rows = batch * heads
-        keep = self.plan.keep
-        scored = keep is not None and keep.scored
-        self.sink = Run.empty(rows, head_dim, self.dtype, self.device, scored=False)
-        self.recent = Run.empty(rows, head_dim, self.dtype, self.device, scored)
-        self.body = Blocks(self.codec, rows, self.device, contiguous=keep is None, scored=scored)
+        for name in self.runs:
+            run = Run.empty(rows, head_dim, self.dtype, self.device, scored=name == "recent" and self.plan.scored)
+            setattr(self, name, run)
+        self.body = self._new_body(rows)
         self.num_real = [0] * batch
         self.is_initialized = True
+
+    def _new_body(self, num_rows: int) -> Blocks:
+        keep, read = self.plan.keep, self.plan.read
+        return Blocks(
+            self.codec,
+            num_rows,
+            self.device,
+            contiguous=keep is None,
+            scored=keep is not None and keep.scored,
+            pool=self._new_pool,
+            summarize=read.summarize if read else None,
+        )
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Takes `[B, Hkv, Q, D]` of new keys and values; the attention function gets them as a handle, twice."""
@@ -86,7 +102,7 @@ class LayerCache(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets all tokens and gives their memory back."""
         self.num_seen, self.num_real, self.is_initialized = 0, [], False
-        for name in ("sink", "recent", "body"):
+        for name in (*self.runs, "body"):
             self.__dict__.pop(name, None)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -102,10 +118,12 @@ class LayerCache(CacheLayerMixin):
         removed = self.num_seen - end
         self.num_seen = end
         self.num_real = [max(0, n - removed) for n in self.num_real]
-        self.sink = self.sink.where(self.sink.slots < end)
-        self.recent = self.recent.where(self.recent.slots < end)
+        for name in self.runs:
+            run: Run = getattr(self, name)
+            setattr(self, name, run.where(run.slots < end))
         if rest := self.body.crop(end):
-            self.recent = join(Run(rest.k.to(self.dtype), rest.v.to(self.dtype), rest.slots), self.recent)
+            score = torch.zeros_like(rest.slots, dtype=torch.float32) if self.plan.scored else None
+            self.recent = join(Run(rest.k.to(self.dtype), rest.v.to(self.dtype), rest.slots, score), self.recent)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -121,7 +139,8 @@ class LayerCache(CacheLayerMixin):
         indices = indices.to(self.device)
         heads = torch.arange(self.site.num_kv_heads, device=self.device)
         rows = (indices[:, None] * len(heads) + heads).flatten()
-        self.sink, self.recent = self.sink.rows(rows), self.recent.rows(rows)
+        for name in self.runs:
+            setattr(self, name, getattr(self, name).rows(rows))
         self.body.select_rows(rows)
         self.num_real = [self.num_real[i] for i in indices.tolist()]
 
@@ -169,7 +188,6 @@ class LayerCache(CacheLayerMixin):
     def _chunk(self, handle: Handle, slots: torch.Tensor, real: torch.Tensor | None) -> Run:
         """The new tokens as a run, without padding."""
         batch, heads, num_new, head_dim = handle.k.shape
-        scored = self.plan.keep is not None and self.plan.keep.scored
         k = handle.k.reshape(batch * heads, num_new, head_dim)
         v = handle.v.reshape(batch * heads, num_new, head_dim)
         new_slots = slots.int().expand(batch * heads, -1)
@@ -180,9 +198,10 @@ class LayerCache(CacheLayerMixin):
         else:
             run = Run(k, v, new_slots, whole=True)
             self.num_real = [n + num_new for n in self.num_real]
-        if scored:
-            assert self.plan.keep is not None
+        if self.plan.keep and self.plan.scored:
             run.score = self.plan.keep.first_score(run.k, KeepContext(run.slots.long(), heads, self.site.layer))
+        elif self.plan.scored:
+            run.score = torch.zeros_like(run.slots, dtype=torch.float32)
         return run
 
     def _ranks(self, num_queries: int, real: torch.Tensor | None, device: torch.device) -> torch.Tensor:
@@ -230,12 +249,35 @@ class LayerCache(CacheLayerMixin):
         return chunk
 
     def _attend_all(self, query: Query, chunk: Run, ranks: torch.Tensor | None) -> Partial:
-        looks: list[tuple[Segment, Query]] = [(segment, query) for segment in self._moving(chunk)]
-        if self.sink.width:
-            looks.insert(0, (self.sink, self._query_of_sinks(query, ranks)))
-        if not looks:
+        runs = {name: getattr(self, name) for name in self.runs} | {"chunk": chunk}
+        looks: list[tuple[Segment, Query]] = [
+            (run, self._query_of_sinks(query, ranks) if name == "sink" else query) for name, run in runs.items() if run.width
+        ]
+        partials = []
+        for part in self._parts(query, chunk):
+            partials.append(dispatch.attend([*looks, (part, query)]))
+            looks = []
+        if looks:
+            partials.append(dispatch.attend(looks))
+        if not partials:
             return Partial(torch.zeros_like(query.q), query.q.new_zeros(query.q.shape[:2]))
-        return dispatch.attend(looks)
+        return merge(partials)
+
+    def _parts(self, query: Query, chunk: Run) -> Iterator[Segment]:
+        """What a chunk reads of the blocks, part by part: those that a read stage chooses, from wherever they lie."""
+        if not self.body.width:
+            return
+        read, pool = self.plan.read, self.body.pool
+        columns = None
+        if read and len(query.slots) <= read.queries:
+            budget = torch.tensor([read.budget.tokens(n) for n in self.num_real], device=self.device)
+            dense = self.sink.counts() + self.recent.counts() + chunk.counts()
+            allowed = (budget.repeat_interleave(self.site.num_kv_heads) - dense) // pool.block
+            columns = read.choose(query.q, pool.table, pool.summary, allowed)
+        if columns is None and pool.in_one_place:
+            yield self.body
+        else:
+            yield from self.body.parts(columns)
 
     def _moving(self, chunk: Run) -> list[Segment]:
         """What a keep policy chooses from, oldest first."""
@@ -257,7 +299,16 @@ class LayerCache(CacheLayerMixin):
     def _settle(self, query: Query, chunk: Run, lse: torch.Tensor) -> None:
         if self.plan.keep is not None:
             chunk = self._evict(query, chunk, lse)
+        if self.plan.read and self.plan.read.scored:
+            q = query.q.view(query.q.shape[0], query.num_groups, len(query.slots), -1)
+            for run in (self.recent, chunk):
+                assert run.score is not None
+                run.score = self.plan.read.observe(run.score, run.k, run.slots.long(), q, query.slots)
         self._store(chunk)
+        if isinstance(self.body.pool, TieredPool):
+            runs = [getattr(self, name) for name in self.runs]
+            dense_bytes = sum(x.nbytes for run in runs for x in run.tensors().values())
+            self.body.pool.spill(self.num_real, self.sink.counts() + self.recent.counts(), dense_bytes)
 
     def _evict(self, query: Query, chunk: Run, lse: torch.Tensor) -> Run:
         """Lets the keep policy choose among all tokens but the sinks; returns what is left of the chunk."""
@@ -307,12 +358,12 @@ class LayerCache(CacheLayerMixin):
 
     def _store(self, chunk: Run) -> None:
         """New tokens join the recent ones; what is older than the dense window is encoded."""
-        if self.codec.unit == "token" and self.plan.window == 0:
+        if self.body.unit == "token" and self.plan.window == 0:
             self.body.append(chunk)
             self.body.tidy()
             return
         dense = join(self.recent, chunk)
-        unit = self.body.pool.block if self.codec.unit == "block" else 1
+        unit = self.body.pool.block if self.body.unit == "block" else 1
         if dense.width - self.plan.window < unit:  # nothing to encode in the longest row
             self.recent = dense.owned()
             return
@@ -338,33 +389,6 @@ class LayerCache(CacheLayerMixin):
             raise PlanError(f"{keep.budget} is too little for this plan: it needs {least / 2**20:.1f}MiB at least")
         return self.plan.sink + num_blocks * block
 
-    # -- saving ----------------------------------------------------------------------------------------------------------
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """All that the layer holds, idle blocks left out: tensors by `segment.purpose`, and numbers, fit for JSON."""
-        numbers: dict[str, Any] = {"num_seen": self.num_seen, "num_real": self.num_real}
-        if not self.is_initialized:
-            return {}, numbers
-        segments = {"sink": self.sink.tensors(), "recent": self.recent.tensors(), "body": self.body.pool.state()}
-        tensors = {f"{name}.{part}": x for name, parts in segments.items() for part, x in parts.items()}
-        return tensors, numbers | {"starts": self.body.starts, "lengths": self.body.lengths}
-
-    def restore(
-        self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Takes over what `state` gave; the layer must be new and of the same plan. `dtype` is the model's."""
-        if not tensors:
-            return
-        batch, heads, head_dim = len(numbers["num_real"]), self.site.num_kv_heads, self.site.head_dim
-        none = torch.empty(batch, heads, 0, head_dim, dtype=dtype, device=device)
-        self.lazy_initialization(none, none)
-        self.num_seen, self.num_real = numbers["num_seen"], list(numbers["num_real"])
-        held = {name: part(name, tensors) for name in ("sink", "recent", "body")}
-        self.sink, self.recent = (
-            Run(run["k"], run["v"], run["slots"], run.get("score")) for run in (held["sink"], held["recent"])
-        )
-        self.body.restore(held["body"], numbers["starts"], list(numbers["lengths"]))
-
     # -- what is there ---------------------------------------------------------------------------------------------------
 
     @property
@@ -375,13 +399,15 @@ class LayerCache(CacheLayerMixin):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that the layer holds, named by its segment and purpose."""
         if self.is_initialized:
-            for name, segment in (("sink", self.sink), ("recent", self.recent), ("body", self.body.pool)):
-                for part, tensor in segment.tensors().items():
+            for name in self.runs:
+                for part, tensor in getattr(self, name).tensors().items():
                     yield f"{name}.{part}", tensor
+            for part, tensor in self.body.pool.tensors().items():
+                yield f"body.{part}", tensor
 
     def kept_slots(self) -> list[list[int]]:
         """For each row (sequence * KV heads + head) the slots of the tokens held, in order."""
         if not self.is_initialized:
             return []
-        slots = torch.cat([self.sink.slots.long(), self.body.slots(), self.recent.slots.long()], 1)
+        slots = torch.cat([*(getattr(self, name).slots.long() for name in self.runs), self.body.slots()], 1)
         return [sorted(s for s in row if s >= 0) for row in slots.tolist()]

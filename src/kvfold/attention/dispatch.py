@@ -16,7 +16,9 @@ import torch
 from kvfold import kernels
 from kvfold.attention import reference
 from kvfold.attention.reference import Partial, Query, Tile, merge
-from kvfold.store.base import Fields, KVCodec
+from kvfold.kernels import cpu, triton
+from kvfold.kernels.cpu import encode as cpu_encode
+from kvfold.store.base import Fields, KVCodec, TensorCodec, join
 
 REFERENCE = "torch-reference"
 
@@ -75,15 +77,6 @@ def attend(looks: Sequence[tuple[Attended, Query]]) -> Partial:
     return merge(partials)
 
 
-def encode(codec: KVCodec, k: torch.Tensor, v: torch.Tensor) -> Fields:
-    """Whole blocks `[..., T, D]` to fields, by a kernel where there is one: on a GPU, integer codes of usual head dims."""
-    family = kernels.serving(k.device.type)
-    if family is not None and hasattr(family, "encodes") and family.encodes(codec, k.shape[-1]):
-        fields: Fields = family.encode(codec, k, v)
-        return fields
-    return codec.encode(k, v)
-
-
 def mass(segment: Attended, query: Query, lse: torch.Tensor) -> torch.Tensor:
     """`[R, G, N]`: see `kvfold.attention.reference.mass`."""
     if (family := _family(query)) and (place := segment.locate(query.q.shape[-1])):
@@ -91,6 +84,30 @@ def mass(segment: Attended, query: Query, lse: torch.Tensor) -> torch.Tensor:
         received: torch.Tensor = family.mass(look, query.slots, query.num_groups, query.softcap, lse, segment.width)
         return received
     return reference.mass(query, segment.codec, segment.tiles(), lse)
+
+
+def encoder_name(codec: KVCodec, device: str = "cpu") -> str:
+    """What quantizes and packs: the compiled kernels where they know both codecs (on a GPU, for head dims that they take)."""
+    if kernels.serving(device) is triton:
+        return triton.chosen(device) or REFERENCE
+    known = all(_encodes(side, device) for side in (codec.k, codec.v))
+    return f"cpu-{cpu.chosen()}" if known else REFERENCE
+
+
+def encode(codec: KVCodec, k: torch.Tensor, v: torch.Tensor) -> Fields:
+    """`KVCodec.encode`, compiled where that can be (on a GPU: whole blocks): the same fields, on a CPU bit for bit."""
+    on_gpu = kernels.serving(k.device.type) is triton
+    if on_gpu and k.shape[-2] == codec.block and triton.encodes(codec, k.shape[-1]):
+        return triton.encode(codec, k, v)
+    return join("k", _encode(codec.k, k)) | join("v", _encode(codec.v, v))
+
+
+def _encode(codec: TensorCodec, x: torch.Tensor) -> Fields:
+    return cpu_encode.encode(codec, x) if _encodes(codec, x.device.type) and x.numel() else codec.encode(x)
+
+
+def _encodes(codec: TensorCodec, device: str) -> bool:
+    return device == "cpu" and cpu.chosen() is not None and cpu_encode.encodes(codec)
 
 
 def _family(query: Query) -> ModuleType | None:

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from kvfold.attention import dispatch
 from kvfold.attention.reference import Partial, Query
+from kvfold.block_view import BlockView
 from kvfold.blocks import Blocks
 from kvfold.segment import Run
 
@@ -74,6 +75,11 @@ def _read(segment: Any) -> tuple[int, int]:
         num_blocks = int((pool.table >= 0).sum())
         tensors = [*pool.fields.values(), *([pool.slots] if pool.has_slots else [])]
         return sum(x[:1].nbytes for x in tensors) * num_blocks + pool.table.nbytes, int(segment.counts().sum())
+    if isinstance(segment, BlockView):
+        num_blocks = int((segment.index >= 0).sum())
+        tensors = [*segment.fields.values(), *([] if segment.block_slots is None else [segment.block_slots])]
+        num_tokens = sum(int((tile.slots >= 0).sum()) for tile in segment.tiles())
+        return sum(x[:1].nbytes for x in tensors) * num_blocks + segment.index.nbytes, num_tokens
     assert isinstance(segment, Run)
     return segment.k.nbytes + segment.v.nbytes + segment.slots.nbytes, int(segment.counts().sum())
 

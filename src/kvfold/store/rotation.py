@@ -36,8 +36,12 @@ class Rotated(TensorCodec):
         """The rotation, on the device of `like`."""
         return _on(like.device, self.head_dim)
 
+    def turn(self, x: torch.Tensor) -> torch.Tensor:
+        """What is encoded: `x [..., D]`, rotated, in float32."""
+        return x.float() @ self.matrix(x)
+
     def encode(self, x: torch.Tensor) -> Fields:
-        return self.inner.encode(x.float() @ self.matrix(x))
+        return self.inner.encode(self.turn(x))
 
     def decode(self, fields: Fields) -> torch.Tensor:
         x = self.inner.decode(fields)
