@@ -4,7 +4,6 @@ import itertools
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import pytest
 import torch
@@ -17,11 +16,11 @@ from kvfold.plan import Plan
 from kvfold.segment import Run, Segment
 from kvfold.site import Site
 from kvfold.store.affine import Affine
-from kvfold.store.base import Fields, KVCodec, TensorCodec, part
+from kvfold.store.base import KVCodec, TensorCodec, part
 from kvfold.store.dense import DenseCodec
 from kvfold.store.fp8 import Float8
-from kvfold.store.pack import pack, unpack
 from kvfold.store.rotation import Rotated
+from kvfold.store.table import Table
 
 pytestmark = pytest.mark.skipif(not triton.available(), reason="Triton is not installed: pip install 'kvfold[gpu]'")
 
@@ -200,47 +199,13 @@ def test_large_scores_do_not_overflow() -> None:
 # -- codes that name levels ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Levels(TensorCodec):
-    """Codes into fixed levels with a half precision scale a token, as the kernels expect them of any such codec."""
-
-    levels: tuple[float, ...]
-    axis: str = "token"
-    group: int = 64
-    offset: bool = False
-    scales: str = "half"
-
-    @property
-    def bits(self) -> int:
-        return len(self.levels).bit_length() - 1
-
-    @property
-    def unit(self) -> Literal["token", "block"]:
-        return "token"
-
-    def encode(self, x: torch.Tensor) -> Fields:
-        scale = (x.float().abs().amax(-1, keepdim=True) / max(self.levels)).half()
-        table = torch.tensor(self.levels, device=x.device)
-        codes = ((x / scale.float())[..., None] - table).abs().argmin(-1).to(torch.uint8)
-        return {"codes": pack(codes, self.bits), "scale": scale}
-
-    def decode(self, fields: Fields) -> torch.Tensor:
-        table = torch.tensor(self.levels, device=fields["codes"].device)
-        return table[unpack(fields["codes"], self.bits).long()] * fields["scale"].float()
-
-    def dot(self, q: torch.Tensor, fields: Fields) -> torch.Tensor:
-        return q @ self.decode(fields).mT
-
-    def combine(self, p: torch.Tensor, fields: Fields) -> torch.Tensor:
-        return p @ self.decode(fields)
-
-
 @pytest.mark.parametrize("num_levels", [16, 4])
 def test_table_coded_segments(num_levels: int) -> None:
     levels = torch.linspace(-1, 1, num_levels).mul(1.3).sinh().tolist()
-    codec = Levels(tuple(levels))
-    case = Case(length=130)
-    check(blocks_of(KVCodec(codec, codec), case), query_of(case))
+    token = Table(tuple(levels))
+    channel = Table(tuple(levels), "channel", offset=True, scales="log8")
+    case = Case(length=128, ragged=False)
+    check(blocks_of(KVCodec(channel, token), case), query_of(case))
 
 
 # -- which kernel ------------------------------------------------------------------------------------------------------------

@@ -155,14 +155,17 @@ class Blocks(Segment):
 
     # -- what changes ----------------------------------------------------------------------------------------------------
 
-    def append(self, run: Run) -> None:
-        """Stores a run. For a codec whose unit is the block, every row brings whole blocks (or none)."""
+    def append(self, run: Run, positions: torch.Tensor | None = None) -> None:
+        """Stores a run. For a codec whose unit is the block, every row brings whole blocks (or none).
+
+        `positions [R, N] int` are RoPE's of the run's tokens, for a codec that needs them.
+        """
         if run.width == 0:
             return
         if self.contiguous and not self._continues(run):
             self._keep_slots()
         if self.unit == "token":
-            self._write_tokens(run)
+            self._write_tokens(run, positions)
         else:
             self._write_blocks(run)
 
@@ -248,11 +251,11 @@ class Blocks(Segment):
         self.pool.keep_slots(slots)
         self.starts, self.lengths = None, []
 
-    def _write_tokens(self, run: Run) -> None:
+    def _write_tokens(self, run: Run, positions: torch.Tensor | None) -> None:
         pool = self.pool
         counts = run.counts()
         place = self._next_places(counts, run.width) if self.contiguous else self._free_places(counts, run.width)
-        encoded = dispatch.encode(self.codec, run.k, run.v)
+        encoded = dispatch.encode(self.codec, run.k, run.v, positions)
         slots, score = run.slots, run.score
         if bool((counts == run.width).all()):
             addresses = pool.places(place).flatten()

@@ -94,8 +94,10 @@ def encoder_name(codec: KVCodec, device: str = "cpu") -> str:
     return f"cpu-{cpu.chosen()}" if known else REFERENCE
 
 
-def encode(codec: KVCodec, k: torch.Tensor, v: torch.Tensor) -> Fields:
+def encode(codec: KVCodec, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | None = None) -> Fields:
     """`KVCodec.encode`, compiled where that can be (on a GPU: whole blocks): the same fields, on a CPU bit for bit."""
+    if codec.positional:
+        return codec.encode(k, v, positions)
     on_gpu = kernels.serving(k.device.type) is triton
     if on_gpu and k.shape[-2] == codec.block and triton.encodes(codec, k.shape[-1]):
         return triton.encode(codec, k, v)

@@ -54,7 +54,7 @@ def _print(found: "DecodeProfile") -> None:
     roofs = found.roofs
     print(
         f"{found.plan}, kernel {found.kernel}, {found.context} tokens, KV cache {found.kv_bytes / 2**20:.2f} MiB, "
-        f"{found.step_ms:.2f} ms a step without the profiler"
+        f"{found.step_ms:.2f} ms a step without the profiler (layers run by {found.step})"
     )
     print(
         f"{roofs.device}: read {roofs.read / 1e9:.1f} GB/s, copy {roofs.copy / 1e9:.1f} GB/s, "

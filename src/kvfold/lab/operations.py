@@ -20,6 +20,8 @@ from kvfold.lab.generate import prefill
 from kvfold.lab.profile import write_trace
 from kvfold.lab.roofline import Operation, Roofs, draw, measure_roofs
 from kvfold.lab.setting import machine, versions
+from kvfold.models.adapter import attach, detach
+from kvfold.models.step import describe, uninstall
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,15 @@ class DecodeProfile:
 
     Attributes:
         operations: of all traced steps, the slowest first.
-        step_ms: a decode step without the profiler, median.
+        step: what ran the steps that `step_ms` is the median of, without the profiler (kvfold.models.step). Operations are those
+            of the model's own layers.
         kv_bytes: the cache's, all of them.
         utilisation: percent of time in which the GPU ran a kernel, as its driver says; None where it can't be read.
     """
 
     plan: str
     kernel: str
+    step: str
     context: int
     steps: int
     step_ms: float
@@ -49,6 +53,8 @@ def profile_decode(
 ) -> DecodeProfile:
     """Prefills `input_ids [B, S]` and profiles `steps` decode steps: once for times, once for bytes and FLOPs.
 
+    Layers that kvfold has compiled into one call run as the model's own code for that, and afterwards as before.
+
     Writes `trace.json` (opens in Perfetto), `operations.csv`, `roofline.png`, `profile.json` and, on a GPU, `nsight.txt`.
     FileError when the folder can't be written to.
     """
@@ -59,7 +65,8 @@ def profile_decode(
     nvtx = device.type == "cuda"
     with nvtx_range("prefill", nvtx):
         token = prefill(model, cache, input_ids, chunk).argmax(-1, keepdim=True)
-    step_seconds = _timed_steps(model, cache, token, steps, device)
+    step_seconds, run_by = _timed_steps(model, cache, token, steps, device), describe(model)
+    uninstall(model)  # a layer that is one compiled call has no operations to see
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if nvtx else [])
     with attention_ranges(nvtx=nvtx), torch.profiler.profile(activities=activities) as profiler:
         for step in range(steps):
@@ -68,9 +75,12 @@ def profile_decode(
     with Ledger() as ledger, attention_ranges(ledger):
         for _ in range(steps):
             _step(model, cache, token)
+    detach(model)
+    attach(model)
     found = DecodeProfile(
         plan=str(cache.plan),
         kernel=cache.kernel,
+        step=run_by,
         context=input_ids.shape[1],
         steps=steps,
         step_ms=1e3 * sorted(step_seconds)[len(step_seconds) // 2],

@@ -13,16 +13,18 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvfold.errors import KvfoldError
-from kvfold.store.affine import Affine, channel_group
+from kvfold.store.affine import Affine
 from kvfold.store.base import Fields, KVCodec, TensorCodec, join, part
 from kvfold.store.dense import DenseCodec
 from kvfold.store.fp8 import Float8
 from kvfold.store.rotation import Rotated
+from kvfold.store.scales import channel_group
+from kvfold.store.table import Table
 
 if TYPE_CHECKING:
     from kvfold.kernels.triton.layout import Side
@@ -186,20 +188,9 @@ def _inner(codec: TensorCodec) -> TensorCodec:
     return codec.inner if type(codec) is Rotated else codec
 
 
-@runtime_checkable
-class _Table(Protocol):
-    """A codec whose codes name levels and whose other fields are those of Affine, with a zero point if there is an `offset`."""
-
-    levels: tuple[float, ...]
-    axis: str
-    group: int
-    offset: bool
-    scales: str
-
-
 def _known(codec: TensorCodec) -> bool:
-    """By exact type, but for tables: a subclass may write its fields in another way."""
-    if isinstance(codec, _Table):
+    """By exact type: a subclass may write its fields in another way."""
+    if type(codec) is Table:
         return len(codec.levels) in (4, 16) and (codec.axis == "token" or codec.block % codec.group == 0)
     if type(codec) is Affine:
         return codec.bits in (8, 4, 2) and (codec.axis == "token" or codec.block % codec.group == 0)
@@ -215,12 +206,11 @@ def _side(codec: TensorCodec, block: int, head_dim: int) -> "Side":
         lines, columns = (head_dim, block) if by_channel else (block, head_dim)
         group = codec.group if by_channel else channel_group(head_dim, codec.group)
         return Side("affine", codec.bits, by_channel, lines, columns, group, codec.scales, codec.symmetric)
-    if isinstance(codec, _Table):
+    if isinstance(codec, Table):
         by_channel = codec.axis == "channel"
         lines, columns = (head_dim, block) if by_channel else (block, head_dim)
         group = codec.group if by_channel else channel_group(head_dim, codec.group)
-        bits = len(codec.levels).bit_length() - 1
-        return Side("table", bits, by_channel, lines, columns, group, codec.scales, not codec.offset)
+        return Side("table", codec.bits, by_channel, lines, columns, group, codec.scales, not codec.offset)
     if isinstance(codec, Float8):
         scales = "half" if codec.scaled else "none"
         return Side("float8", _EXPONENT_BITS[codec.format], False, block, head_dim, head_dim, scales)
@@ -230,7 +220,7 @@ def _side(codec: TensorCodec, block: int, head_dim: int) -> "Side":
 
 def _levels(codec: TensorCodec, device: torch.device) -> torch.Tensor | None:
     inner = _inner(codec)
-    return torch.tensor(inner.levels, dtype=torch.float16, device=device) if isinstance(inner, _Table) else None
+    return torch.tensor(inner.levels, dtype=torch.float16, device=device) if isinstance(inner, Table) else None
 
 
 def _check_fields(name: str, codec: TensorCodec, side: "Side", fields: Fields, capacity: int) -> None:
@@ -273,7 +263,7 @@ def encode(codec: KVCodec, k: torch.Tensor, v: torch.Tensor) -> Fields:
         inner = _inner(codec_of_side)
         assert isinstance(inner, Affine)
         side = _side(inner, codec.block, x.shape[-1])
-        rotation = codec_of_side.matrix(x) if isinstance(codec_of_side, Rotated) else None
+        rotation = codec_of_side.matrix_on(x.device) if isinstance(codec_of_side, Rotated) else None
         fields |= join(name, encode(inner, side, rotation, x))
     return fields
 

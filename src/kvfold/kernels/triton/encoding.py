@@ -1,7 +1,7 @@
 """Dense tokens to packed codes in one pass: rotate, find scales and zero points, round, pack. One block a program.
 
-The arithmetic is that of kvfold.store.affine, operation by operation; where a GPU's exp2 and log2 differ from the CPU's in the
-last place, a scale of `log8` may be the next one of its grid, and codes follow the scale that is stored.
+The arithmetic is that of kvfold.store.affine and scales, operation by operation; where a GPU's exp2 and log2 differ from the
+CPU's in the last place, a scale of `log8` may be the next one of its grid, and codes follow the scale that is stored.
 """
 
 from typing import Any
@@ -132,7 +132,7 @@ def encode(codec: Affine, side: Side, rotation: torch.Tensor | None, x: torch.Te
         "HEAD_DIM": head_dim,
         "TOKENS": tokens,
         "ROTATED": rotation is not None,
-        "CLIPS": codec.rounds_scales_up,
+        "CLIPS": not codec.nearest,
     }
     if num:
         encode_kernel[(num,)](
