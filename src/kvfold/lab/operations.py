@@ -30,8 +30,8 @@ class DecodeProfile:
 
     Attributes:
         operations: of all traced steps, the slowest first.
-        step: what ran the steps whose median is `step_ms`, without the profiler (kvfold.models.step). Operations are those of the
-            model's own layers.
+        step: what ran the steps whose median is `step_ms`, without the profiler (kvfold.models.step). Operations are those of
+            the model's own layers.
         kv_bytes: the cache's, all of them.
         utilisation: percent of time in which the GPU ran a kernel, as its driver says; None where it can't be read.
     """
