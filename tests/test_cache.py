@@ -40,7 +40,7 @@ def _own_keys(ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ],
 )
 def test_protected_tokens_are_dense_and_exact(plan: str, sink: int, window: int, block: int, sizes: list[int]) -> None:
-    """The first `sink` and at least the last `window` are bit for bit what the model made; fewer than a block more are."""
+    """The first `sink` and at least the last `window` are what the model made; fewer than a block more are."""
     ids = tokens(2, sum(sizes))
     model = sharp_model()
     cache = kvfold.cache(model, plan)
@@ -52,9 +52,10 @@ def test_protected_tokens_are_dense_and_exact(plan: str, sink: int, window: int,
     assert layer.recent.slots.tolist() == [list(range(300 - num_recent, 300))] * 4
     assert layer.body.counts().tolist() == [300 - sink - num_recent] * 4
     k, v = _own_keys(ids)[0]
-    assert torch.equal(layer.sink.k, k[:, :sink])
-    assert torch.equal(layer.recent.k, k[:, 300 - num_recent :])
-    assert torch.equal(layer.recent.v, v[:, 300 - num_recent :])
+    # A few tokens at a time are multiplied by other code than a prompt, in another order.
+    torch.testing.assert_close(layer.sink.k, k[:, :sink], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.recent.k, k[:, 300 - num_recent :], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.recent.v, v[:, 300 - num_recent :], atol=1e-5, rtol=1e-5)
     decoded, _, slots = layer.body.dense()
     in_body = slots[0] >= 0
     error = (decoded[:, in_body] - k[:, slots[0][in_body]]).norm() / k.norm()
@@ -82,7 +83,7 @@ def test_hybrid_counts_only_the_layers_that_it_serves() -> None:
 def test_attention_is_over_what_was_decoded(plan: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folded path through the whole model, against plain attention over decoded vectors.
 
-    The compiled kernels may round queries (tests/rounding.py), which this model's sharp attention magnifies: the mean is bounded.
+    The compiled kernels may round queries (tests/rounding.py), which sharp attention magnifies: the mean is bounded.
     """
     if kernel == "reference":
         monkeypatch.setenv("KVFOLD_CPU", "off")

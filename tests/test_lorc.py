@@ -126,6 +126,10 @@ def test_models_that_can_not_be_served() -> None:
         Plan.parse("lorc").store.codec(Site(64))
     with pytest.raises(PlanError, match="holds V in whole blocks"):
         kvfold.cache(sharp_model(), "mixed(k=lorc, v=int4(v_axis=channel))")
+    with pytest.raises(PlanError, match="writes whole blocks"):
+        kvfold.cache(sharp_model(num_hidden_layers=4), "quest(25%) | lorc")
+    with pytest.raises(PlanError, match="minicache merges directions"):
+        kvfold.cache(sharp_model(num_hidden_layers=4), "lorc | minicache(start=50%)")
     assert isinstance(kvfold.cache(sharp_model(), "mixed(k=lorc, v=int4)").layers[0], LayerCache)
 
 

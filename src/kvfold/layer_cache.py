@@ -24,6 +24,7 @@ from kvfold.plan import LayerPlan
 from kvfold.pool import BlockPool
 from kvfold.segment import Run, Segment, join
 from kvfold.site import Site
+from kvfold.tail import Tail
 
 
 class LayerCache(CacheLayerMixin):
@@ -38,7 +39,6 @@ class LayerCache(CacheLayerMixin):
     runs: ClassVar[tuple[str, ...]] = ("sink", "recent")
     """The dense segments, by name."""
     sink: Run
-    recent: Run
 
     def __init__(self, site: Site, plan: LayerPlan, pool: Callable[..., BlockPool] = BlockPool):
         super().__init__()
@@ -54,6 +54,7 @@ class LayerCache(CacheLayerMixin):
         self.is_croppable = plan.keep is None
         self.num_seen = 0
         self.num_real: list[int] = []  # tokens seen that are not padding, for each sequence
+        self._tail: Tail | None = None
 
     # -- the contract with transformers ----------------------------------------------------------------------------------
 
@@ -64,7 +65,8 @@ class LayerCache(CacheLayerMixin):
         rows = batch * heads
         for name in self.runs:
             setattr(self, name, Run.empty(rows, head_dim, self.dtype, self.device, name == "recent" and self.plan.scored))
-        self.body = self._new_body(rows)
+        self._nothing = self.recent
+        self._body = self._new_body(rows)
         self.num_real = [0] * batch
         self.is_initialized = True
 
@@ -107,7 +109,8 @@ class LayerCache(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets all tokens and gives their memory back."""
         self.num_seen, self.num_real, self.is_initialized = 0, [], False
-        for name in (*self.runs, "body"):
+        self._tail = None
+        for name in (*self.runs, "_recent", "_body", "_nothing"):
             self.__dict__.pop(name, None)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -146,6 +149,53 @@ class LayerCache(CacheLayerMixin):
             setattr(self, name, getattr(self, name).rows(rows))
         self.body.select_rows(rows)
         self.num_real = [self.num_real[i] for i in indices.tolist()]
+
+    # -- tokens that come one by one -------------------------------------------------------------------------------------
+
+    @property
+    def body(self) -> Blocks:
+        self._close_tail()
+        return self._body
+
+    @property
+    def recent(self) -> Run:
+        self._close_tail()
+        return self._recent
+
+    @recent.setter
+    def recent(self, run: Run) -> None:
+        self._recent = run
+
+    def tail(self) -> Tail | None:
+        """Where the next token of every sequence goes if nothing else is to happen; None when it has to go the long way."""
+        if self._tail is not None and self._tail.left > 0:
+            return self._tail
+        if not (self.is_initialized and self._plain) or any(n != self.num_seen for n in self.num_real):
+            return None
+        if self.plan.sink and not (self.sink.whole and self.sink.width == self.plan.sink):
+            return None
+        self._close_tail()
+        self._tail = Tail.open(self.sink, self._body, self._recent, self.plan.window)
+        return self._tail
+
+    def took(self, tail: Tail) -> None:
+        """Counts the token that the compiled step has put into the tail."""
+        tail.take()
+        self.num_seen += 1
+        self.num_real = [n + 1 for n in self.num_real]
+
+    def _close_tail(self) -> None:
+        tail, self._tail = self._tail, None
+        if tail is None or not tail.taken:
+            return
+        if tail.in_body:
+            self._body.lengths = [n + tail.taken for n in self._body.lengths]
+        else:
+            self._recent = self._recent.longer(tail.taken)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._close_tail()
+        return self.__dict__
 
     # -- attention -------------------------------------------------------------------------------------------------------
 
@@ -191,6 +241,8 @@ class LayerCache(CacheLayerMixin):
             softcap=softcap,
         )
         chunk = self._fill_sinks(chunk)
+        if self._joins_first:
+            chunk, self.recent = join(self.recent, chunk), self._nothing
         result = self._attend_all(query, chunk, ranks)
         lse = result.lse
         if real is not None:  # padding asks nothing: no token gains by its queries
@@ -200,6 +252,17 @@ class LayerCache(CacheLayerMixin):
         out = self.frame.outputs(result.out) if self.frame else result.out
         out = out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
         return out.transpose(1, 2).to(q.dtype)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether nothing but sinks, window and codec has a say in where a token goes."""
+        held_apart = self.frame or self.codec.positional
+        return type(self) is LayerCache and not (self.plan.keep or self.plan.read or self.plan.tier or held_apart)
+
+    @property
+    def _joins_first(self) -> bool:
+        """Whether new tokens join the recent ones before they are attended to: one segment less."""
+        return self._plain and (self.body.unit == "block" or self.plan.window > 0)
 
     def _chunk(self, handle: Handle, slots: torch.Tensor, real: torch.Tensor | None) -> Run:
         """The new tokens as a run, without padding."""

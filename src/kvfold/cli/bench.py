@@ -27,6 +27,9 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode after each context.")] = 32,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text file; Wikipedia articles without it.")] = None,
     repeats: Annotated[int, typer.Option(help="Rounds of speed measurements.")] = 1,
+    weights: Annotated[
+        str, typer.Option(help="How weights are held: dense, int8, int4 or native (as in a .gguf file).")
+    ] = "dense",
     out: Annotated[Path, typer.Option(help="The results folder; a run that was interrupted there goes on.")] = Path(
         "results/bench"
     ),
@@ -58,6 +61,7 @@ def bench(
         out=out,
         seed=seed,
         dtype=dtype,
+        weights=weights,
         quality_dtype=quality_dtype,
         device=device,
         threads=threads,

@@ -41,6 +41,7 @@ class Setting:
         dtype: the type that speed and bytes are measured in.
         code: a hash of kvfold's source.
         how: in what kind of process speed was measured.
+        weights: the form of the weights: as it was asked for, and what it came to.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Setting:
     code: str
     machine: dict[str, str]
     how: str
+    weights: str = "dense"
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class Record:
     git_commit: str | None
     machine: dict[str, str]
     date: str
+    weights: str = "dense"
 
 
 class Journal:

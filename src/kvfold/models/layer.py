@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from kvfold.calibration import Calibration, load_calibration
 from kvfold.errors import ModelError
-from kvfold.models.packages import cache_folder
+from kvfold.files import cache_folder
+from kvfold.models.weights import PackedLinear
 from kvfold.rope import Rope
 from kvfold.site import Projections
 
@@ -63,6 +64,8 @@ class ModelLayer:
         config = self.model.config.get_text_config(decoder=True)
         linear = getattr(self._attention(), name, None)
         weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+        if isinstance(linear, PackedLinear):
+            weight = linear.dense()
         if not isinstance(weight, torch.Tensor):
             raise ModelError(f"this plan needs the weights of {name}, and {type(self.model).__name__} has none of that name")
         by_head = (config.num_key_value_heads, head_dim_of(config))
