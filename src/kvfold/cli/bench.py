@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvfold.errors import KvfoldError
+from kvfold.lab.run_log import LogKind, open_log
 
 if TYPE_CHECKING:
     from kvfold.lab.bench import Update
@@ -42,6 +43,7 @@ def bench(
     quality_chunk: Annotated[int, typer.Option(help="Tokens streamed at a time when quality is measured.")] = 32,
     timing: Annotated[bool, typer.Option(help="Measure speed and peak memory.")] = True,
     quality: Annotated[bool, typer.Option(help="Measure KL, top-1, perplexity and ROUGE-L.")] = True,
+    log: Annotated[LogKind | None, typer.Option(help="Log each measurement as it is made: csv (in --out) or wandb.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Put older results in the folder aside and start anew.")] = False,
 ) -> None:
     """Measure bytes, speed and quality of strategies on the same model and text; write records, figures and a page."""
@@ -71,7 +73,13 @@ def bench(
         quality=quality,
         again=again,
     )
-    with _progress() as on_update:
+    with open_log(log, out, vars(wanted)) as add, _progress() as show:
+
+        def on_update(update: "Update") -> None:
+            show(update)
+            if update.values:
+                add(update.kind, update.values)
+
         outcome = run(wanted, on_update)
     if outcome.records:
         page = write_report(Results(tuple(outcome.records)), out / "report.html")

@@ -13,6 +13,7 @@ import typer
 
 from kvfold.cli.bench import numbers
 from kvfold.errors import KvfoldError
+from kvfold.lab.run_log import LogKind, open_log
 
 if TYPE_CHECKING:
     from kvfold.lab.eval.evaluation import EvalUpdate
@@ -48,6 +49,7 @@ def evaluate(
     ] = False,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut prompts that are too long from the left.")] = False,
     kl: Annotated[bool, typer.Option(help="Measure KL and top-1 against the full cache on the answers' tokens.")] = True,
+    log: Annotated[LogKind | None, typer.Option(help="Log each answer as it is given: csv (in --out) or wandb.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Put older results in the folder aside and start anew.")] = False,
     show: Annotated[bool, typer.Option("--list", help="Show the local tasks and the named sets, and exit.")] = False,
 ) -> None:
@@ -85,7 +87,13 @@ def evaluate(
         divergence=kl,
         again=again,
     )
-    with _progress() as on_update:
+    with open_log(log, out, vars(evaluation)) as add, _progress() as show_progress:
+
+        def on_update(update: "EvalUpdate") -> None:
+            show_progress(update)
+            if update.values:
+                add("answers", update.values)
+
         outcome = run(evaluation, on_update)
     _print_table(outcome.scores)
     print(f"{out}: scores (.jsonl, .csv, .md), and every answer in items.jsonl")

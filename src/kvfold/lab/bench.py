@@ -7,8 +7,9 @@ the predictions of the full cache. Every measurement is on disk as soon as it is
 
 import hashlib
 import random
+import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from kvfold.lab.merge import merge
 from kvfold.lab.passages import Passages
 from kvfold.lab.quality import rouge_l
 from kvfold.lab.results import Cell, Journal, Measurement, Record, Setting, write_records
+from kvfold.lab.run_log import Values
 from kvfold.lab.worker import HOW, Event, Job, Worker
 from kvfold.models.adapter import check_model
 from kvfold.models.load import load, source_of
@@ -73,12 +75,13 @@ class Bench:
 
 @dataclass(frozen=True)
 class Update:
-    """How far a run is: `done` of `total` measurements of a kind; `text` when one has ended."""
+    """How far a run is: `done` of `total` measurements of a kind; `text` when one has ended, and `values` when it went well."""
 
     kind: str
     done: float
     total: int
     text: str = ""
+    values: Values = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -159,10 +162,11 @@ class _Measuring:
                 self.on_update(Update("timing", num_done, len(cells)))
                 continue
             rows = self.passages.rows(cell.context, cell.batch)
-            text = ""
+            text: str = ""
+            values: Values = {}
             for event in self.worker.run(self._job("timing", (cell.plan,), rows, self.bench.dtype, self.bench.chunk)):
-                text = self._take(cell, event) or text
-            self.on_update(Update("timing", num_done, len(cells), text))
+                text, values = self._take(cell, event)
+            self.on_update(Update("timing", num_done, len(cells), text, values))
 
     def _timing_cells(self) -> Iterator[Cell]:
         for repeat in range(self.bench.repeats):
@@ -203,9 +207,9 @@ class _Measuring:
                 done = num_done + (plans.index(event.plan) if event.plan else 0) + share
                 self.on_update(Update("quality", done, total))
                 continue
-            line = self._take(Cell("quality", event.plan, context), event)
+            line, values = self._take(Cell("quality", event.plan, context), event)
             at = num_done + (plans.index(event.plan) + 1 if event.plan else len(plans))
-            self.on_update(Update("quality", at, total, line))
+            self.on_update(Update("quality", at, total, line, values))
 
     def _quality_result(self, context: int, result: dict[str, Any]) -> dict[str, Any]:
         """The fields of a Quality, with its continuation as text and compared."""
@@ -229,26 +233,28 @@ class _Measuring:
         threads = self.journal.setting.threads
         return Job(kind, b.model, dtype, b.device, threads, b.seed, plans, rows, b.new_tokens, chunk, prefill_len, b.weights)
 
-    def _take(self, cell: Cell, event: Event) -> str:
-        """Writes a result down, or remembers a failure; returns a line about it."""
+    def _take(self, cell: Cell, event: Event) -> tuple[str, Values]:
+        """Writes a result down, or remembers a failure; returns a line about it, and its numbers."""
         label = f"{self.names.get(cell.plan, 'quality')} at {cell.context}"
         if cell.batch > 1:
             label += f" × {cell.batch}"
         if event.kind == "failed":
             self.failures[self.names.get(cell.plan, f"{cell.kind} at {cell.context}")] = event.message
-            return f"{label}: {event.message}"
+            return f"{label}: {event.message}", {}
         assert event.result is not None
         result = event.result
         if cell.kind == "quality":
             result = self._quality_result(cell.context, result)
         date = datetime.now(UTC).isoformat(timespec="seconds")
         self.journal.add(Measurement(cell, result, date, facts.git_commit()))
+        at: Values = {"strategy": self.names.get(cell.plan, cell.plan), "plan": cell.plan, "context": cell.context}
         if cell.kind == "quality":
-            return f"{label}: KL {result['kl']:.5f}, top-1 {100 * result['top1']:.1f} %, perplexity {result['perplexity']:.2f}"
-        steps = sorted(result["token_ms"])
-        return (
-            f"{label}: {result['kv_bytes'] / 2**20:.1f} MiB, {result['ttft_ms']:.0f} ms, {steps[len(steps) // 2]:.1f} ms/token"
-        )
+            text = f"KL {result['kl']:.5f}, top-1 {100 * result['top1']:.1f} %, perplexity {result['perplexity']:.2f}"
+            return f"{label}: {text}", {**at, **{name: result[name] for name in ("kl", "top1", "perplexity", "kv_bytes")}}
+        step = statistics.median_high(result["token_ms"])
+        numbers = {"kv_bytes": result["kv_bytes"], "peak_bytes": result["peak_bytes"], "ttft_ms": result["ttft_ms"]}
+        text = f"{result['kv_bytes'] / 2**20:.1f} MiB, {result['ttft_ms']:.0f} ms, {step:.1f} ms/token"
+        return f"{label}: {text}", {**at, "batch": cell.batch, "repeat": cell.repeat, **numbers, "ms_per_token": step}
 
 
 def _check(bench: Bench) -> None:

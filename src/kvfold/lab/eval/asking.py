@@ -256,7 +256,15 @@ class Asking:
         metric, value = next(iter(item.metrics.items()))
         shown = f"{value:g}" if isinstance(value, int | float) else ""
         text = f"{item.task} #{item.doc_id} {item.plan}: {metric.removesuffix(',none')} {shown} {item.seconds:.1f} s"
-        self.on_update(EvalUpdate(self.work_done / self.work, left, " ".join(text.split())))
+        values = {
+            "task": item.task,
+            "doc_id": item.doc_id,
+            "plan": item.plan,
+            "metric": metric,
+            "value": value if isinstance(value, int | float) else None,
+            **{name: getattr(item, name) for name in ("kl", "top1", "kv_bytes", "num_context_tokens", "seconds")},
+        }
+        self.on_update(EvalUpdate(self.work_done / self.work, left, " ".join(text.split()), values))
 
 
 class _Timed:

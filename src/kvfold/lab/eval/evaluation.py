@@ -1,9 +1,10 @@
 """What `kvfold eval` is asked for, and how far it is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvfold.errors import KvfoldError
+from kvfold.lab.run_log import Values
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvalUpdate:
-    """How far a run is: the share of the work that is done, the estimated seconds left, and a line about the last answer."""
+    """How far a run is: the share of the work that is done, the estimated seconds left, a line about the last answer, and its
+    numbers."""
 
     share: float
     left_s: float | None
     text: str
+    values: Values = field(default_factory=dict)
