@@ -146,6 +146,12 @@ def test_two_runs_are_compared_plan_by_plan() -> None:
     )
 
 
+def test_only_the_same_question_is_compared() -> None:
+    for other in (record(new_tokens=99), record(text_sha256="1" * 64), record(model="larger"), record(context=1024)):
+        assert compare([record()], [other], [], []).grids == ()
+    assert len(compare([record()], [record(threads=8, dtype="float32", code="f" * 16)], [], []).grids) == 1
+
+
 def test_times_whose_ranges_overlap_are_no_change() -> None:
     step = next(m for m in MEASURES if m.title == "ms/token")
     old = record(ms_per_token_p20=9.0, ms_per_token_p50=10.0, ms_per_token_p80=12.0)

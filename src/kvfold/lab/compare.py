@@ -84,7 +84,8 @@ class Comparison:
 
 
 def compare(before: Sequence[Record], after: Sequence[Record], old: Sequence[Score], new: Sequence[Score]) -> Comparison:
-    """Compares records of the same plan, context and batch size, and scores of the same task and plan.
+    """Compares records of the same plan, model, text, context, batch size and number of new tokens, and scores of the same
+    plan, model and task.
 
     Args:
         before, old: records and scores of the run that is compared with.
@@ -98,16 +99,24 @@ def compare(before: Sequence[Record], after: Sequence[Record], old: Sequence[Sco
 
 
 def _record_pairs(before: Sequence[Record], after: Sequence[Record]) -> list[tuple[Record, Record]]:
-    known = {(r.plan, r.context, r.batch): r for r in sorted(before, key=lambda r: r.date)}
-    newest = {(r.plan, r.context, r.batch): r for r in sorted(after, key=lambda r: r.date)}
+    known = {_question(r): r for r in sorted(before, key=lambda r: r.date)}
+    newest = {_question(r): r for r in sorted(after, key=lambda r: r.date)}
     pairs = [(known[key], record) for key, record in newest.items() if key in known]
     return sorted(pairs, key=lambda pair: (pair[1].context, pair[1].batch, -(pair[1].kv_bytes or 0)))
 
 
+def _question(r: Record) -> tuple[str | int, ...]:
+    """What two records must have in common; machine, code, versions, types and threads are what runs are compared for."""
+    return r.plan, r.context, r.batch, r.model, r.text_sha256, r.new_tokens
+
+
 def _score_pairs(old: Sequence[Score], new: Sequence[Score]) -> list[tuple[Score, Score]]:
-    known = {(s.task, s.metric, s.filter, s.plan): s for s in old if s.main}
-    keys = [(s.task, s.metric, s.filter, s.plan) for s in new]
-    return [(known[key], score) for key, score in zip(keys, new, strict=True) if key in known]
+    known = {_task(score): score for score in old if score.main}
+    return [(known[_task(score)], score) for score in new if _task(score) in known]
+
+
+def _task(s: Score) -> tuple[str, ...]:
+    return s.task, s.metric, s.filter, s.plan, str(s.setting["model"])
 
 
 def _record_grid(pairs: Sequence[tuple[Record, Record]]) -> Grid:

@@ -110,7 +110,9 @@ def _write_grid(grid: Grid, path: Path) -> None:
 def _compared(before: Results, after: Results) -> Comparison:
     comparison = compare(before.records, after.records, before.scores, after.scores)
     if not comparison.grids:
-        raise FileError("the two runs have no plan in common at the same context and batch size, or on the same task")
+        raise FileError(
+            "the two runs have no plan in common on the same model, text, context, batch and new tokens, or on the same task"
+        )
     return comparison
 
 
