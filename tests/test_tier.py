@@ -57,7 +57,8 @@ def test_a_tier_changes_nothing_but_where_tokens_are(base: str, tier: str) -> No
     cache = kvfold.cache(model, with_tiers(base, tier))
     mine = chunked(model, cache, ids, mask, sizes)
     theirs = chunked(model, kvfold.cache(model, base), ids, mask, sizes)
-    torch.testing.assert_close(mine[mask.bool()], theirs[mask.bool()], atol=5e-3, rtol=1e-3)
+    mine, theirs = mine[mask.bool()], theirs[mask.bool()]
+    assert (mine - theirs).norm() <= 1e-3 * theirs.norm()
     assert all(bool((pool.where > DEVICE).any()) for pool in pools(cache)), "nothing has left the device"
 
 
@@ -95,7 +96,7 @@ def test_beams_crops_and_resets(unit: str) -> None:
             cache.reset()
             assert cache.nbytes == held_bytes(cache, but=model) == 0
         outputs.append(torch.cat(logits, 1))
-    torch.testing.assert_close(outputs[0], outputs[1], atol=2e-3, rtol=1e-3)
+    assert (outputs[0] - outputs[1]).norm() <= 1e-3 * outputs[0].norm()
 
 
 def test_a_saved_cache_goes_on(tmp_path: Path) -> None:
