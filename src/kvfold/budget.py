@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 
 from kvfold.errors import PlanError
+from kvfold.percent import PERCENT
 
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 # Nine digits are enough for any cache, and never overflow.
 WHOLE = re.compile(r"[0-9]{1,9}")
-PERCENT = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)%")
 _BYTES = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(B|KiB|MiB|GiB)")
 
 HeadSplit = Literal["uniform", "ada"]
@@ -64,22 +64,6 @@ class Budget:
         if tokens_in_bytes is None:
             raise PlanError(f"a budget of {self.text} needs the size of a token, which this place does not know")
         return max(1, tokens_in_bytes)
-
-
-@dataclass(frozen=True)
-class Percent:
-    """A share of anything but tokens, from 0 to 1: written `50%`."""
-
-    value: float
-
-    @staticmethod
-    def parse(text: str) -> "Percent":
-        if (match := PERCENT.fullmatch(text)) and float(match[1]) <= 100:
-            return Percent(float(match[1]) / 100)
-        raise PlanError(f"'{text}' is not a share from 0% to 100%")
-
-    def __str__(self) -> str:
-        return f"{self.value * 100:g}%"
 
 
 @dataclass(frozen=True)

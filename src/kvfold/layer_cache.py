@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from kvfold import positions
 from kvfold.attention import dispatch
 from kvfold.attention.reference import Partial, Query, merge
 from kvfold.blocks import Blocks
@@ -24,7 +25,6 @@ from kvfold.pool import BlockPool
 from kvfold.segment import Run, Segment, join
 from kvfold.site import Site
 from kvfold.tail import Tail
-from kvfold.tier.pool import TieredPool
 
 
 class LayerCache(CacheLayerMixin):
@@ -43,8 +43,14 @@ class LayerCache(CacheLayerMixin):
     def __init__(self, site: Site, plan: LayerPlan, pool: Callable[..., BlockPool] = BlockPool):
         super().__init__()
         self.site, self.plan, self._new_pool = site, plan, pool
-        self.codec = plan.store.codec(site)
+        self.codec, self.frame = plan.store.codec(site), plan.store.frame(site)
+        if self.codec.positional and plan.read:
+            raise PlanError(f"'{plan.read.name}' writes whole blocks, and '{plan.store.name}' encodes token by token")
         self.rope = site.model.rope() if plan.keep and plan.keep.reindex and site.model else None
+        if self.frame and self.rope:
+            raise PlanError(
+                f"'{plan.store.name}' holds keys in other coordinates, in which they can't be re-indexed: add reindex=false"
+            )
         self.is_croppable = plan.keep is None
         self.num_seen = 0
         self.num_real: list[int] = []  # tokens seen that are not padding, for each sequence
@@ -58,8 +64,7 @@ class LayerCache(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         rows = batch * heads
         for name in self.runs:
-            run = Run.empty(rows, head_dim, self.dtype, self.device, scored=name == "recent" and self.plan.scored)
-            setattr(self, name, run)
+            setattr(self, name, Run.empty(rows, head_dim, self.dtype, self.device, name == "recent" and self.plan.scored))
         self._nothing = self.recent
         self._body = self._new_body(rows)
         self.num_real = [0] * batch
@@ -117,13 +122,11 @@ class LayerCache(CacheLayerMixin):
             raise ValueError("crop takes the number of tokens to remove as a negative number")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        end = max(0, self.num_seen + tokens_to_remove)
-        removed = self.num_seen - end
-        self.num_seen = end
+        removed = min(self.num_seen, -tokens_to_remove)
+        self.num_seen = end = self.num_seen - removed
         self.num_real = [max(0, n - removed) for n in self.num_real]
         for name in self.runs:
-            run: Run = getattr(self, name)
-            setattr(self, name, run.where(run.slots < end))
+            setattr(self, name, (run := getattr(self, name)).where(run.slots < end))
         if rest := self.body.crop(end):
             score = torch.zeros_like(rest.slots, dtype=torch.float32) if self.plan.scored else None
             self.recent = join(Run(rest.k.to(self.dtype), rest.v.to(self.dtype), rest.slots, score), self.recent)
@@ -140,8 +143,8 @@ class LayerCache(CacheLayerMixin):
         if not self.is_initialized:
             return
         indices = indices.to(self.device)
-        heads = torch.arange(self.site.num_kv_heads, device=self.device)
-        rows = (indices[:, None] * len(heads) + heads).flatten()
+        num_heads = self.site.num_kv_heads
+        rows = (indices[:, None] * num_heads + torch.arange(num_heads, device=self.device)).flatten()
         for name in self.runs:
             setattr(self, name, getattr(self, name).rows(rows))
         self.body.select_rows(rows)
@@ -197,7 +200,13 @@ class LayerCache(CacheLayerMixin):
     # -- attention -------------------------------------------------------------------------------------------------------
 
     def attend(
-        self, handle: Handle, q: torch.Tensor, padding: torch.Tensor | None, scaling: float, softcap: float | None
+        self,
+        handle: Handle,
+        q: torch.Tensor,
+        padding: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of a chunk over everything held and over itself; then the plan is applied to the chunk.
 
@@ -206,6 +215,7 @@ class LayerCache(CacheLayerMixin):
             padding: `[B, seen] bool`, False for padding, or None.
             scaling: what scores are multiplied with.
             softcap: Gemma 2's cap of the scores, or None.
+            position_ids: `[B or 1, Q] long`, where RoPE has turned queries and keys to, or None where it is not known.
 
         Returns:
             `[B, Q, Hq, D]`, in the type of q.
@@ -216,10 +226,15 @@ class LayerCache(CacheLayerMixin):
         first = self.num_seen - num_queries
         slots = torch.arange(first, self.num_seen, device=q.device)
         real = None if padding is None else padding[:, first : self.num_seen]
+        if self.frame and softcap is not None:
+            raise PlanError(f"'{self.plan.store.name}' shifts scores, and this model caps them: choose another codec")
         chunk = self._chunk(handle, slots, real)
-        ranks = self._ranks(num_queries, real, q.device) if self.plan.keep else None
+        by_row = (q.float() * scaling).reshape(rows, groups * num_queries, head_dim)
+        ranks = self._ranks(num_queries, real, q.device) if self.plan.keep or self.codec.positional else None
+        if self.codec.positional:
+            positions.check(position_ids, ranks, real)
         query = Query(
-            q=(q.float() * scaling).reshape(rows, groups * num_queries, head_dim),
+            q=self.frame.queries(by_row) if self.frame else by_row,
             slots=slots,
             num_groups=groups,
             first_visible=self._first_visible(slots, ranks, padding),
@@ -233,14 +248,16 @@ class LayerCache(CacheLayerMixin):
         if real is not None:  # padding asks nothing: no token gains by its queries
             asks = real.repeat_interleave(heads, 0).repeat(1, groups)
             lse = lse.masked_fill(~asks, torch.inf)
-        self._settle(query, chunk, lse)
-        out = result.out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
+        self._settle(query, chunk, lse, padding)
+        out = self.frame.outputs(result.out) if self.frame else result.out
+        out = out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
         return out.transpose(1, 2).to(q.dtype)
 
     @property
     def _plain(self) -> bool:
         """Whether nothing but sinks, window and codec has a say in where a token goes."""
-        return type(self) is LayerCache and not (self.plan.keep or self.plan.read or self.plan.tier)
+        held_apart = self.frame or self.codec.positional
+        return type(self) is LayerCache and not (self.plan.keep or self.plan.read or self.plan.tier or held_apart)
 
     @property
     def _joins_first(self) -> bool:
@@ -250,8 +267,8 @@ class LayerCache(CacheLayerMixin):
     def _chunk(self, handle: Handle, slots: torch.Tensor, real: torch.Tensor | None) -> Run:
         """The new tokens as a run, without padding."""
         batch, heads, num_new, head_dim = handle.k.shape
-        k = handle.k.reshape(batch * heads, num_new, head_dim)
-        v = handle.v.reshape(batch * heads, num_new, head_dim)
+        k, v = (self.frame.keys(handle.k), self.frame.values(handle.v)) if self.frame else (handle.k, handle.v)
+        k, v = (x.reshape(batch * heads, num_new, head_dim) for x in (k, v))
         new_slots = slots.int().expand(batch * heads, -1)
         if real is not None and not bool(real.all()):
             mask = real.repeat_interleave(heads, 0)
@@ -332,14 +349,9 @@ class LayerCache(CacheLayerMixin):
         read, pool = self.plan.read, self.body.pool
         columns = None
         if read and len(query.slots) <= read.queries:
-            budget = torch.tensor([read.budget.tokens(n) for n in self.num_real], device=self.device)
             dense = self.sink.counts() + self.recent.counts() + chunk.counts()
-            allowed = (budget.repeat_interleave(self.site.num_kv_heads) - dense) // pool.block
-            columns = read.choose(query.q, pool.table, pool.summary, allowed)
-        if columns is None and pool.in_one_place:
-            yield self.body
-        else:
-            yield from self.body.parts(columns)
+            columns = read.choose(query.q, pool.table, pool.summary, read.blocks(self.num_real, dense, pool.block))
+        yield from [self.body] if columns is None and pool.in_one_place else self.body.parts(columns)
 
     def _moving(self, chunk: Run) -> list[Segment]:
         """What a keep policy chooses from, oldest first."""
@@ -358,7 +370,7 @@ class LayerCache(CacheLayerMixin):
 
     # -- applying the plan -----------------------------------------------------------------------------------------------
 
-    def _settle(self, query: Query, chunk: Run, lse: torch.Tensor) -> None:
+    def _settle(self, query: Query, chunk: Run, lse: torch.Tensor, padding: torch.Tensor | None) -> None:
         if self.plan.keep is not None:
             chunk = self._evict(query, chunk, lse)
         if self.plan.read and self.plan.read.scored:
@@ -366,11 +378,8 @@ class LayerCache(CacheLayerMixin):
             for run in (self.recent, chunk):
                 assert run.score is not None
                 run.score = self.plan.read.observe(run.score, run.k, run.slots.long(), q, query.slots)
-        self._store(chunk)
-        if isinstance(self.body.pool, TieredPool):
-            runs = [getattr(self, name) for name in self.runs]
-            dense_bytes = sum(x.nbytes for run in runs for x in run.tensors().values())
-            self.body.pool.spill(self.num_real, self.sink.counts() + self.recent.counts(), dense_bytes)
+        self._store(chunk, padding)
+        self.body.pool.spill(self.num_real, self.sink, self.recent)
 
     def _evict(self, query: Query, chunk: Run, lse: torch.Tensor) -> Run:
         """Lets the keep policy choose among all tokens but the sinks; returns what is left of the chunk."""
@@ -418,10 +427,10 @@ class LayerCache(CacheLayerMixin):
                 assert segment.score is not None
                 segment.score = keep.update(segment.score, mass, num_queries)
 
-    def _store(self, chunk: Run) -> None:
+    def _store(self, chunk: Run, padding: torch.Tensor | None) -> None:
         """New tokens join the recent ones; what is older than the dense window is encoded."""
         if self.body.unit == "token" and self.plan.window == 0:
-            self.body.append(chunk)
+            self.body.append(chunk, self._positions(chunk, padding))
             self.body.tidy()
             return
         dense = join(self.recent, chunk)
@@ -432,22 +441,26 @@ class LayerCache(CacheLayerMixin):
         excess = (dense.counts() - self.plan.window).clamp_min(0) // unit * unit
         if bool((excess > 0).any()):
             old, dense = dense.split(excess)
-            self.body.append(old)
+            self.body.append(old, self._positions(old, padding))
             self.body.tidy()
         self.recent = dense.owned()
+
+    def _positions(self, run: Run, padding: torch.Tensor | None) -> torch.Tensor | None:
+        return positions.of(run.slots, padding, self.site.num_kv_heads) if self.codec.positional else None
 
     def _tokens_in_bytes(self) -> int:
         """How many tokens fit into this layer's part of a budget of bytes, everything counted."""
         keep = self.plan.keep
         assert keep is not None
         head_dim, block = self.site.head_dim, self.codec.block
-        rows = self.batch_size * self.site.num_kv_heads * self.site.num_layers
+        rows = self.batch_size * self.site.num_kv_heads
+        in_layer = keep.budget.value / self.site.num_layers - sum(x.nbytes for x in self.codec.constants().values())
         per_block = self.body.block_bytes(head_dim)
         num_dense = self.plan.sink + self.plan.window + (block - 1 if self.codec.unit == "block" else 0)
         dense_bytes = num_dense * (2 * head_dim * self.dtype.itemsize + 4 + 4 * keep.scored)
-        num_blocks = int((keep.budget.value / rows - dense_bytes) // per_block)
+        num_blocks = int((in_layer / rows - dense_bytes) // per_block)
         if num_blocks < 1:
-            least = (dense_bytes + per_block) * rows
+            least = keep.budget.value + ((dense_bytes + per_block) * rows - in_layer) * self.site.num_layers
             raise PlanError(f"{keep.budget} is too little for this plan: it needs {least / 2**20:.1f}MiB at least")
         return self.plan.sink + num_blocks * block
 
@@ -460,12 +473,12 @@ class LayerCache(CacheLayerMixin):
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that the layer holds, named by its segment and purpose."""
+        for name, tensor in self.codec.constants().items():
+            yield f"codec.{name}", tensor
         if self.is_initialized:
-            for name in self.runs:
-                for part, tensor in getattr(self, name).tensors().items():
+            for name, segment in [*((run, getattr(self, run)) for run in self.runs), ("body", self.body.pool)]:
+                for part, tensor in segment.tensors().items():
                     yield f"{name}.{part}", tensor
-            for part, tensor in self.body.pool.tensors().items():
-                yield f"body.{part}", tensor
 
     def kept_slots(self) -> list[list[int]]:
         """For each row (sequence * KV heads + head) the slots of the tokens held, in order."""

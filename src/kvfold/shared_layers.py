@@ -8,6 +8,7 @@ import torch
 
 from kvfold.attention.reference import Partial, Query
 from kvfold.blocks import Blocks
+from kvfold.errors import PlanError
 from kvfold.handle import Handle
 from kvfold.layer_cache import LayerCache
 from kvfold.plan import LayerPlan
@@ -23,7 +24,7 @@ class LendingLayer(LayerCache):
     def __init__(self, site: Site, plan: LayerPlan, pool: Callable[..., BlockPool] = BlockPool):
         super().__init__(site, plan, pool)
         self._asked: tuple[Run, torch.Tensor | None] | None = None
-        self._unsettled: tuple[Query, Run, torch.Tensor] | None = None
+        self._unsettled: tuple[Query, Run, torch.Tensor, torch.Tensor | None] | None = None
 
     def reset(self) -> None:
         self._asked = self._unsettled = None
@@ -33,19 +34,19 @@ class LendingLayer(LayerCache):
         """Attention of another layer's queries, `[R, M, D]` scaled, to what this layer holds and the same chunk's tokens."""
         assert self._asked is not None
         assert self._unsettled is not None
-        query, chunk, lse = self._unsettled
+        query, chunk, lse, padding = self._unsettled
         out = super()._attend_all(replace(query, q=q), *self._asked).out
         if last:
             self._asked = self._unsettled = None
-            super()._settle(query, chunk, lse)
+            super()._settle(query, chunk, lse, padding)
         return out
 
     def _attend_all(self, query: Query, chunk: Run, ranks: torch.Tensor | None) -> Partial:
         self._asked = chunk, ranks
         return super()._attend_all(query, chunk, ranks)
 
-    def _settle(self, query: Query, chunk: Run, lse: torch.Tensor) -> None:
-        self._unsettled = query, chunk, lse
+    def _settle(self, query: Query, chunk: Run, lse: torch.Tensor, padding: torch.Tensor | None) -> None:
+        self._unsettled = query, chunk, lse, padding
 
 
 class BorrowingLayer(LayerCache):
@@ -56,7 +57,13 @@ class BorrowingLayer(LayerCache):
         self.lender, self._is_last = lender, last
 
     def attend(
-        self, handle: Handle, q: torch.Tensor, padding: torch.Tensor | None, scaling: float, softcap: float | None
+        self,
+        handle: Handle,
+        q: torch.Tensor,
+        padding: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         batch, num_query_heads, num_queries, head_dim = q.shape
         heads = self.site.num_kv_heads
@@ -83,6 +90,8 @@ class MergedLayer(LayerCache):
         super().__init__(site, plan)
         self.method, self._first = method, first
         side: Literal[0, 1] = 1 if first else 0
+        if self.codec.constants():
+            raise PlanError("minicache merges directions, which have no place in the subspaces of one layer's projections")
         self.codec = directions(self.codec, site.head_dim, side)
 
     @property
@@ -103,7 +112,7 @@ class MergedLayer(LayerCache):
         if self.merged.width:
             yield from self.merged.parts(codec=self.codec)
 
-    def _store(self, chunk: Run) -> None:
+    def _store(self, chunk: Run, padding: torch.Tensor | None) -> None:
         self.recent = join(self.recent, chunk).owned()
         if self._first:
             self._merge_waiting(self._first)

@@ -45,7 +45,7 @@ def bench(
     again: Annotated[bool, typer.Option("--again", help="Put older results in the folder aside and start anew.")] = False,
 ) -> None:
     """Measure bytes, speed and quality of strategies on the same model and text; write records, figures and a page."""
-    lengths, sizes = _numbers("--contexts", contexts), _numbers("--batch-sizes", batch_sizes)
+    lengths, sizes = numbers("--contexts", contexts), numbers("--batch-sizes", batch_sizes)
 
     from kvfold.lab.bench import Bench, named_plans, run
     from kvfold.lab.report import write_report
@@ -82,7 +82,7 @@ def bench(
         raise KvfoldError(f"{len(outcome.failures)} could not be measured, the rest is in {out}: {what}")
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def numbers(option: str, text: str) -> tuple[int, ...]:
     """`512,2048` as numbers, each once, in order."""
     try:
         return tuple(sorted({int(part) for part in text.split(",")}))

@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from kvfold.budget import PERCENT, WHOLE, Budget, HeadSplit
+from kvfold.budget import WHOLE, Budget, HeadSplit
 from kvfold.errors import PlanError
+from kvfold.percent import PERCENT
 
 GroupReduce = Literal["mean", "max"]
 

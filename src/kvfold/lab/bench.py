@@ -20,10 +20,11 @@ from kvfold.catalog import STRATEGIES, resolve
 from kvfold.errors import KvfoldError, PlanError
 from kvfold.files import make_folder
 from kvfold.lab import setting as facts
+from kvfold.lab.journal import put_aside
 from kvfold.lab.merge import merge
 from kvfold.lab.passages import Passages
 from kvfold.lab.quality import rouge_l
-from kvfold.lab.results import SETTING, Cell, Journal, Measurement, Record, Setting, write_records
+from kvfold.lab.results import Cell, Journal, Measurement, Record, Setting, write_records
 from kvfold.lab.worker import HOW, Event, Job, Worker
 from kvfold.models.adapter import check_model
 from kvfold.models.load import load, source_of
@@ -110,7 +111,7 @@ def run(bench: Bench, on_update: Callable[[Update], None] = lambda _: None) -> O
     """
     _check(bench)
     if bench.again:
-        _put_aside(bench.out)
+        put_aside(bench.out)
     make_folder(bench.out)
     with Worker() as worker:  # starts importing while this process loads the model
         model, tokenizer = load(bench.model, dtype=bench.dtype, device=bench.device, weights=bench.weights)
@@ -291,13 +292,3 @@ def _setting(bench: Bench, model: PreTrainedModel, passages: Passages) -> Settin
         machine=facts.machine(bench.device),
         how=HOW,
     )
-
-
-def _put_aside(folder: Path) -> None:
-    """Renames an older results folder to the first free of folder.1, folder.2 …"""
-    if not (folder / SETTING).exists():
-        return
-    number = 1
-    while (older := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(older)

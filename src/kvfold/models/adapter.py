@@ -206,7 +206,8 @@ def attention(
         if not torch.is_grad_enabled():
             return key.layer.attend(key, query, attention_mask, scaling, softcap), None
         with torch.no_grad():
-            return key.layer.attend(key, query, attention_mask, scaling, softcap), None
+            positions = kwargs.get("position_ids")
+            return key.layer.attend(key, query, attention_mask, scaling, softcap, positions), None
     return _plain(query, key, value, attention_mask, scaling, softcap), None
 
 

