@@ -170,7 +170,10 @@ class Run(Segment):
         return Run(own(self.k), own(self.v), own(self.slots), score, whole=self.whole)
 
     def grown(self, other: "Run") -> "Run":
-        """This run and, behind it, a shorter one; both are whole and without scores. Tokens held already are rarely copied."""
+        """As `join`, but where a few tokens come behind many the latter are rarely copied: the run keeps room for the next."""
+        plain = self.whole and other.whole and self.score is None and other.score is None
+        if not plain or other.width >= ROOM or self.width == 0:
+            return join(self, other)
         before, after = self.width, self.width + other.width
         room = self.roomy(other.width)
         room.k[:, before:after], room.v[:, before:after], room.slots[:, before:after] = other.k, other.v, other.slots
@@ -218,8 +221,6 @@ def join(first: Run, second: Run) -> Run:
     if second.width == 0:
         return first
     score = None
-    if second.width < ROOM and first.whole and second.whole and first.score is None and second.score is None:
-        return first.grown(second)
     if first.score is not None and second.score is not None:
         score = torch.cat([first.score, second.score], 1)
     run = Run(
