@@ -14,6 +14,9 @@ settings.register_profile("ci", settings.get_profile("default"), derandomize=Tru
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
 
 
+if not torch.cuda.is_available():  # read when Triton is imported: its kernels then run on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(1)  # here already: fixtures of modules are made before those of tests
 
 
@@ -22,3 +25,9 @@ def _same_every_time() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention in plain torch, for tests of what is attended to: compiled kernels may round queries (rounding.py)."""
+    monkeypatch.setenv("KVFOLD_CPU", "off")

@@ -121,6 +121,7 @@ def test_dropping_equals_masking_on_gemma2(plan: str) -> None:
 @pytest.mark.parametrize(
     "keep", ["window(80)", "h2o(40%)", "snapkv(90, window=8, heads=ada)", "random(50%)", "sink_window(sink=4, window=80)"]
 )
+@pytest.mark.usefixtures("exact_products")
 def test_any_keep_with_any_store(keep: str, store: str) -> None:
     """Packed tokens: the oracle sees what the codec decodes."""
     model = sharp_model()
@@ -134,6 +135,7 @@ def test_any_keep_with_any_store(keep: str, store: str) -> None:
 @pytest.mark.parametrize(
     "plan", [*PLANS, "h2o(16) | int4", "window(16) | kivi(int8, residual=4)", "turboquant(3)", "h2o(16) | lorc"]
 )
+@pytest.mark.usefixtures("exact_products")
 def test_beams_are_sequences_of_their_own(plan: str) -> None:
     """Rows that are repeated, reordered and continued are as if each had been read alone."""
     model = sharp_model()

@@ -8,13 +8,15 @@ length: padding is never stored, and every head may keep other tokens. Both answ
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 
+from kvfold import kernels
 from kvfold.attention import dispatch
 from kvfold.attention.dispatch import Located
 from kvfold.attention.reference import Partial, Query, Tile
-from kvfold.kernels import cpu
 from kvfold.store.base import KVCodec
 from kvfold.store.dense import DenseCodec
 
@@ -79,7 +81,7 @@ class Run(Segment):
         self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, score: torch.Tensor | None = None, *, whole: bool = False
     ):
         self.k, self.v, self.slots, self.score, self.whole = k, v, slots, score, whole
-        self._descriptor: cpu.Descriptor | None = None
+        self._described: tuple[ModuleType, Any] | None = None
         self.room: Room | None = None  # what k, v and slots are views of, when the run has grown
 
     @property
@@ -110,11 +112,13 @@ class Run(Segment):
             yield Tile(fields, self.slots[:, span].long(), causal=True)
 
     def locate(self, head_dim: int) -> Located | None:
-        if not cpu.supports_dense(self.k.dtype):
+        family = kernels.serving(self.k.device.type)
+        if family is None or not family.supports_dense(self.k.dtype):
             return None
-        if self._descriptor is None:  # what a run holds never changes
-            self._descriptor = cpu.describe_run(self.k, self.v, self.slots)
-        return Located(self._descriptor)
+        if self._described is None or self._described[0] is not family:  # what a run holds never changes
+            self._described = family, family.describe_run(self.k, self.v, self.slots)
+        descriptor = self._described[1]
+        return None if descriptor is None else Located(descriptor)
 
     def where(self, stays: torch.Tensor) -> "Run":
         """Only the tokens that `stays [R, N] bool` marks, in order."""
@@ -198,7 +202,7 @@ class Run(Segment):
             room = self.room = Room(k, v, self.slots.new_empty(rows, capacity), width)
             k[:, :width], v[:, :width], room.slots[:, :width] = self.k, self.v, self.slots
             self.k, self.v, self.slots = k[:, :width], v[:, :width], room.slots[:, :width]
-            self._descriptor = None
+            self._described = None
         return room
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

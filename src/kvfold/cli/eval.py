@@ -157,6 +157,10 @@ def _left(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min left" if seconds < 5400 else f"{seconds / 3600:.1f} h left"
 
 
+_WIDE, _WHERE_WIDE = 110, ("p", "KV MiB", "s/item")
+"""Columns that a narrower terminal leaves to scores.md."""
+
+
 def _print_table(scores: Sequence["Score"]) -> None:
     """A table for each task, of its main metric."""
     from rich import box
@@ -169,11 +173,13 @@ def _print_table(scores: Sequence["Score"]) -> None:
     console = Console()
     for task, group in itertools.groupby(rows(scores), key=lambda row: row[:NUM_TASK_COLUMNS]):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{task[0]}: {task[1]}", title_justify="left")
-        for title in COLUMNS[NUM_TASK_COLUMNS:]:
+        shown = [i for i in range(NUM_TASK_COLUMNS, len(COLUMNS)) if console.width >= _WIDE or COLUMNS[i] not in _WHERE_WIDE]
+        for title in (COLUMNS[i] for i in shown):
             name, _, interval = title.partition(" [")
-            table.add_column(f"{name}\n[{interval}" if interval else name, justify="left" if title == "plan" else "right")
+            text, is_plan = f"{name}\n[{interval}" if interval else name, title == "plan"
+            table.add_column(text, justify="left" if is_plan else "right", no_wrap=not is_plan, overflow="fold")
         for row in group:
-            table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in row[NUM_TASK_COLUMNS:]))
+            table.add_row(*(Text(row[i].replace(" [", "\n[")) for i in shown))
         console.print(table)
     for line in dict.fromkeys(map(setting_line, scores)):
         console.print(line, style="dim", highlight=False)
