@@ -164,10 +164,17 @@ class Run(Segment):
             return self
 
         def own(x: torch.Tensor) -> torch.Tensor:
-            return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
+            whole = x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
+            return x if whole else x.clone(memory_format=torch.contiguous_format)
 
         score = None if self.score is None else own(self.score)
         return Run(own(self.k), own(self.v), own(self.slots), score, whole=self.whole)
+
+    def trimmed(self) -> "Run":
+        """The same run in memory of its own, without room to grow: for one that seldom does."""
+        if self.room is None:
+            return self.owned()
+        return Run(self.k.contiguous(), self.v.contiguous(), self.slots.contiguous(), self.score, whole=self.whole)
 
     def grown(self, other: "Run") -> "Run":
         """As `join`, but where a few tokens come behind many the latter are rarely copied: the run keeps room for the next."""
