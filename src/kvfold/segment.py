@@ -164,13 +164,23 @@ class Run(Segment):
             return self
 
         def own(x: torch.Tensor) -> torch.Tensor:
-            return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
+            whole = x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
+            return x if whole else x.clone(memory_format=torch.contiguous_format)
 
         score = None if self.score is None else own(self.score)
         return Run(own(self.k), own(self.v), own(self.slots), score, whole=self.whole)
 
+    def trimmed(self) -> "Run":
+        """The same run in memory of its own, without room to grow: for one that seldom does."""
+        if self.room is None:
+            return self.owned()
+        return Run(self.k.contiguous(), self.v.contiguous(), self.slots.contiguous(), self.score, whole=self.whole)
+
     def grown(self, other: "Run") -> "Run":
-        """This run and, behind it, a shorter one; both are whole and without scores. Tokens held already are rarely copied."""
+        """As `join`, but where a few tokens come behind many the latter are rarely copied: the run keeps room for the next."""
+        plain = self.whole and other.whole and self.score is None and other.score is None
+        if not plain or other.width >= ROOM or self.width == 0:
+            return join(self, other)
         before, after = self.width, self.width + other.width
         room = self.roomy(other.width)
         room.k[:, before:after], room.v[:, before:after], room.slots[:, before:after] = other.k, other.v, other.slots
@@ -218,8 +228,6 @@ def join(first: Run, second: Run) -> Run:
     if second.width == 0:
         return first
     score = None
-    if second.width < ROOM and first.whole and second.whole and first.score is None and second.score is None:
-        return first.grown(second)
     if first.score is not None and second.score is not None:
         score = torch.cat([first.score, second.score], 1)
     run = Run(
