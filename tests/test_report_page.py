@@ -86,6 +86,15 @@ def test_filters_act_on_tables_figures_and_maps(chromium: browser.Browser, page:
     assert chromium.complaints == []
 
 
+def test_the_pointer_shows_numbers(chromium: browser.Browser, page: Path) -> None:
+    chromium.open(page, 1280)
+    chromium.run("Plotly.Fx.hover('chart-bench-1-quality-vs-bytes', [{curveNumber: 1, pointNumber: 0}])")
+    name = chromium.run("document.getElementById('chart-bench-1-quality-vs-bytes').data[1].meta.strategy")
+    shown = chromium.run("document.querySelector('#chart-bench-1-quality-vs-bytes .hoverlayer').textContent")
+    assert shown.startswith(f"{name}: ")
+    assert "MiB, KL" in shown
+
+
 def test_names_of_lines_do_not_collide(chromium: browser.Browser, page: Path) -> None:
     chromium.open(page, 1280)
     labels = "document.querySelectorAll('#chart-bench-1-memory-vs-context .annotation-text')"
