@@ -20,7 +20,14 @@ SYMBOLS: dict[Changes, str] = {
     "which layers hold tokens": "triangle-down",
     "where tokens are": "cross",
 }
-PAGE_COLORS = COLORS | {"nothing": "#808080"}  # which is seen on white and on black
+# Those of the files are too dark for a page that may be black.
+_FOR_BLACK_AND_WHITE: dict[Changes, str] = {
+    "nothing": "#808080",
+    "how tokens are held": "#1c7fcf",
+    "what is read": "#a05fbb",
+    "which layers hold tokens": "#cc5a50",
+}
+PAGE_COLORS = COLORS | _FOR_BLACK_AND_WHITE
 _DASHES = ("solid", "dash", "dot", "dashdot")
 
 
