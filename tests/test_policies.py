@@ -105,7 +105,7 @@ def test_snapkv_pools_what_its_window_looks_at(pool: str, how: str) -> None:
 def test_l2norm_keeps_keys_of_small_norm() -> None:
     ids = tokens(2, 50)
     _, keys = _eager_attention(ids)
-    kept = _kept_after_one_chunk("l2norm(20, sink=2, recent=3)", ids)
+    kept = _kept_after_one_chunk("l2norm(20, sink=2, recent=3, skip=0)", ids)
     for layer, k in enumerate(keys):
         norms = k.norm(dim=-1).flatten(0, 1)
         for row in range(4):

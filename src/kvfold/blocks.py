@@ -28,7 +28,7 @@ class Blocks(Segment):
         self.codec = codec
         self.pool = BlockPool(num_rows, codec.block, device, slots=not contiguous, scored=scored)
         self.starts: list[int] | None = [0] * num_rows if contiguous else None
-        self.lengths = [0] * num_rows if contiguous else []
+        self.lengths = [0] * num_rows  # tokens of each row
         self._readable = cpu.supports(codec)
         self._described: tuple[tuple[int, ...], cpu.Descriptor] | None = None
 
@@ -44,24 +44,39 @@ class Blocks(Segment):
         return self.pool.table.shape[1] * self.pool.block
 
     def slots(self) -> torch.Tensor:
-        """`[R, width] long`: the slot of every place, -1 where there is no token."""
+        """`[R, width] int32`: the slot of every place, -1 where there is no token."""
         pool = self.pool
         if self.starts is None:
-            slots = pool.slots[pool.table.clamp_min(0)].long().masked_fill(pool.table[..., None] < 0, -1)
-            return slots.flatten(1)
-        place = torch.arange(self.width, device=pool.device)
-        starts = torch.tensor(self.starts, device=pool.device)[:, None]
+            slots = self._by_row(pool.slots)
+            return slots if pool.full else slots.masked_fill(~self._present(), -1)
+        place = torch.arange(self.width, dtype=torch.int32, device=pool.device)
+        starts = torch.tensor(self.starts, dtype=torch.int32, device=pool.device)[:, None]
         lengths = torch.tensor(self.lengths, device=pool.device)[:, None]
         return torch.where(place < lengths, starts + place, -1)
 
     def score(self) -> torch.Tensor:
         """`[R, width] float32`: the keep policy's number for every place."""
-        return self.pool.score[self.pool.table.clamp_min(0)].flatten(1)
+        return self._by_row(self.pool.score)
 
     def set_score(self, score: torch.Tensor) -> None:
-        present = self.pool.table >= 0
         self.pool.own()
-        self.pool.score[self.pool.table[present]] = score.view(*present.shape, -1)[present]
+        self._write_by_row(self.pool.score, score)
+
+    def _by_row(self, x: torch.Tensor) -> torch.Tensor:
+        """Numbers of a pool, `[P, T]`, as rows have them: `[R, width]`."""
+        table = self.pool.table
+        return x.index_select(0, table.clamp_min(0).flatten()).view(len(table), -1)
+
+    def _write_by_row(self, x: torch.Tensor, values: torch.Tensor) -> None:
+        """`values [R, width]` to a pool's numbers, `[P, T]`; the pool must own its blocks."""
+        ids, by_block = self.pool.table.flatten(), values.reshape(-1, self.pool.block)
+        if not self.pool.full:
+            ids, by_block = ids[ids >= 0], by_block[ids >= 0]
+        x.index_copy_(0, ids, by_block)
+
+    def _present(self) -> torch.Tensor:
+        """`[R, width] bool`: places that belong to a block of the row."""
+        return (self.pool.table >= 0).repeat_interleave(self.pool.block, 1)
 
     def block_bytes(self, head_dim: int) -> int:
         """Bytes of one block: its fields, its slots and scores, and its place in the table."""
@@ -71,13 +86,15 @@ class Blocks(Segment):
 
     def counts(self) -> torch.Tensor:
         """`[R] long`: tokens of each row."""
-        if self.contiguous:
-            return torch.tensor(self.lengths, device=self.pool.device)
-        return (self.slots() >= 0).sum(1)
+        return torch.tensor(self.lengths, device=self.pool.device)
+
+    def num_tokens(self) -> list[int]:
+        """The same, as numbers."""
+        return self.lengths
 
     def tiles(self) -> Iterator[Tile]:
         pool = self.pool
-        slots = self.slots()
+        slots = self.slots().long()
         columns = max(1, TILE_TOKENS // pool.block)
         for start in range(0, pool.table.shape[1], columns):
             fields = pool.gather(pool.table[:, start : start + columns].clamp_min(0))
@@ -100,7 +117,11 @@ class Blocks(Segment):
     def dense(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """All tokens decoded, `[R, width, D] float32` twice, and their slots: for tests, never for attention."""
         k, v = self.codec.decode({name: x[self.pool.table.clamp_min(0)] for name, x in self.pool.fields.items()})
-        return k.flatten(1, 2), v.flatten(1, 2), self.slots()
+        return k.flatten(1, 2), v.flatten(1, 2), self.slots().long()
+
+    def vectors(self, row: int, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        block = self.pool.block
+        return self._decode_places(self.pool.table[row, places // block] * block + places % block)
 
     # -- what changes ----------------------------------------------------------------------------------------------------
 
@@ -120,17 +141,34 @@ class Blocks(Segment):
         if self.contiguous:
             self._keep_slots()
         self.pool.own()
-        places = self.pool.places(torch.arange(self.width, device=gone.device).expand_as(gone))
-        self.pool.slots.view(-1)[places[gone & (self.slots() >= 0)]] = -1
+        slots = self.slots().masked_fill(gone, -1)
+        self._write_by_row(self.pool.slots, slots)
+        self.lengths = (slots >= 0).sum(1).tolist()
+
+    def replace(self, place: torch.Tensor, run: Run, rows: torch.Tensor | None = None) -> None:
+        """Overwrites one token of each row (or of `rows [n]`), at `place [n] long`, with the one of `run`.
+
+        For codecs whose unit is the token.
+        """
+        pool = self.pool
+        if self.contiguous:
+            self._keep_slots()
+        pool.own()
+        table = pool.table if rows is None else pool.table[rows]
+        addresses = table.gather(1, (place // pool.block)[:, None])[:, 0] * pool.block + place % pool.block
+        encoded = self.codec.encode(run.k, run.v)
+        pool.write_tokens(addresses, {name: x[:, 0] for name, x in encoded.items()})
+        pool.slots.view(-1).index_copy_(0, addresses, run.slots[:, 0])
+        if run.score is not None:
+            pool.score.view(-1).index_copy_(0, addresses, run.score[:, 0])
 
     def tidy(self) -> None:
         """Gives back every block that the tokens of a row can do without."""
         if self.contiguous or self.width == 0:
             return
-        live = (self.slots().view(*self.pool.table.shape, -1) >= 0).sum(-1)
-        needed = (live.sum(1) + self.pool.block - 1) // self.pool.block
-        for row in torch.nonzero((self.pool.table >= 0).sum(1) > needed).flatten().tolist():
-            self._merge(row, None)
+        for row, (num_tokens, num_blocks) in enumerate(zip(self.lengths, self.pool.num_blocks(), strict=True)):
+            if num_blocks > -(-num_tokens // self.pool.block):
+                self._merge(row, None)
         self.pool.shrink()
 
     def crop(self, end: int) -> Run | None:
@@ -156,7 +194,7 @@ class Blocks(Segment):
         self.pool.select_rows(rows)
         if self.starts is not None:
             self.starts = [self.starts[r] for r in rows.tolist()]
-            self.lengths = [self.lengths[r] for r in rows.tolist()]
+        self.lengths = [self.lengths[r] for r in rows.tolist()]
 
     def restore(self, state: dict[str, torch.Tensor], starts: list[int] | None, lengths: list[int]) -> None:
         """Takes over the `state` of another one's pool, its starts and lengths; this one must be new."""
@@ -195,7 +233,7 @@ class Blocks(Segment):
         """From a start and a length to a slot for every place."""
         slots = self.slots().view(*self.pool.table.shape, self.pool.block)
         self.pool.keep_slots(slots)
-        self.starts, self.lengths = None, []
+        self.starts = None
 
     def _write_tokens(self, run: Run) -> None:
         pool = self.pool
@@ -233,10 +271,13 @@ class Blocks(Segment):
         """`[R, width]`: the first holes of each row; new blocks where `counts [R]` new tokens don't find enough."""
         pool = self.pool
         pool.own()
-        missing = (counts - self._free().sum(1)).clamp_min(0)
-        if bool(missing.any()):
-            has = (pool.table >= 0).sum(1)
-            pool.extend((has + (missing + pool.block - 1) // pool.block).tolist())
+        self.lengths = [n + c for n, c in zip(self.lengths, counts.tolist(), strict=True)]
+        has = pool.num_blocks()
+        wanted = [max(h, -(-n // pool.block)) for h, n in zip(has, self.lengths, strict=True)]
+        if wanted != has:
+            pool.extend(wanted)
+        if width == 1:  # the first hole of each row
+            return (self.slots() < 0).logical_and_(self._present()).to(torch.uint8).argmax(1, keepdim=True)
         free = self._free()
         # The first ones are the highest of (all - place) among the free ones. A row may have fewer than the widest needs.
         num_places = free.shape[1]
@@ -246,7 +287,7 @@ class Blocks(Segment):
 
     def _free(self) -> torch.Tensor:
         """`[R, width] bool`: places of a row's blocks that hold no token."""
-        return (self.slots() < 0) & (self.pool.table.repeat_interleave(self.pool.block, 1) >= 0)
+        return (self.slots() < 0) & self._present()
 
     def _write_blocks(self, run: Run) -> None:
         pool = self.pool
@@ -268,6 +309,7 @@ class Blocks(Segment):
             if count:
                 row = run.rows(torch.tensor([r], device=pool.device))
                 self._merge(r, row.where(row.slots >= 0))
+                self.lengths[r] += count
 
     def _encode_blocks(self, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
         """`[R, n, D]` to fields `[R, ceil(n / T), ...]`; a last block that is not full repeats its last token."""

@@ -15,10 +15,11 @@ from transformers.cache_utils import CacheLayerMixin
 from kvfold.attention import dispatch
 from kvfold.attention.reference import Partial, Query
 from kvfold.blocks import Blocks
-from kvfold.budget import latest, split_over_heads
+from kvfold.budget import split_over_layers
+from kvfold.candidates import Candidates
 from kvfold.errors import PlanError
+from kvfold.eviction import Eviction, Moment, Pins, empty_chunk
 from kvfold.handle import Handle, SeenLength
-from kvfold.keep.base import KeepContext
 from kvfold.plan import LayerPlan
 from kvfold.segment import Run, Segment, join
 from kvfold.site import Site
@@ -35,11 +36,14 @@ class LayerCache(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, site: Site, plan: LayerPlan):
+    def __init__(self, site: Site, plan: LayerPlan, pins: Pins = ()):
         super().__init__()
         self.site, self.plan = site, plan
         self.codec = plan.store.codec(site)
-        self.rope = site.model.rope() if plan.keep and plan.keep.reindex and site.model else None
+        keep = plan.keep
+        self.rope = site.model.rope() if keep and (keep.reindex or keep.needs_rope) and site.model else None
+        self.eviction = Eviction(keep, site.layer, site.num_kv_heads, plan.sink, self.rope, pins) if keep else None
+        self.looks_back = False  # while the model reads a chunk again, for a policy that reconstructs
         self.is_croppable = plan.keep is None
         self.num_seen = 0
         self.num_real: list[int] = []  # tokens seen that are not padding, for each sequence
@@ -56,6 +60,9 @@ class LayerCache(CacheLayerMixin):
         self.sink = Run.empty(rows, head_dim, self.dtype, self.device, scored=False)
         self.recent = Run.empty(rows, head_dim, self.dtype, self.device, scored)
         self.body = Blocks(self.codec, rows, self.device, contiguous=keep is None, scored=scored)
+        if self.eviction:
+            groups = self.site.num_query_heads // heads
+            self.eviction.initialize(rows, groups, head_dim, self.device)
         self.num_real = [0] * batch
         self.is_initialized = True
 
@@ -123,6 +130,8 @@ class LayerCache(CacheLayerMixin):
         rows = (indices[:, None] * len(heads) + heads).flatten()
         self.sink, self.recent = self.sink.rows(rows), self.recent.rows(rows)
         self.body.select_rows(rows)
+        if self.eviction:
+            self.eviction.select_rows(rows)
         self.num_real = [self.num_real[i] for i in indices.tolist()]
 
     # -- attention -------------------------------------------------------------------------------------------------------
@@ -145,6 +154,7 @@ class LayerCache(CacheLayerMixin):
         heads = self.site.num_kv_heads
         rows, groups = batch * heads, num_query_heads // heads
         first = self.num_seen - num_queries
+        before = self.num_real
         slots = torch.arange(first, self.num_seen, device=q.device)
         real = None if padding is None else padding[:, first : self.num_seen]
         chunk = self._chunk(handle, slots, real)
@@ -156,13 +166,20 @@ class LayerCache(CacheLayerMixin):
             first_visible=self._first_visible(slots, ranks, padding),
             softcap=softcap,
         )
-        chunk = self._fill_sinks(chunk)
+        if not self.looks_back:
+            chunk = self._fill_sinks(chunk)
         result = self._attend_all(query, chunk, ranks)
         lse = result.lse
         if real is not None:  # padding asks nothing: no token gains by its queries
             asks = real.repeat_interleave(heads, 0).repeat(1, groups)
             lse = lse.masked_fill(~asks, torch.inf)
-        self._settle(query, chunk, lse)
+        if self.plan.keep is None:
+            self._store(chunk)
+        elif self.looks_back:
+            self._look_back(query, lse, Moment(self.num_seen, self.num_real, [0] * batch, padding))
+        else:
+            new = [after - n for after, n in zip(self.num_real, before, strict=True)]
+            self._settle(query, chunk, lse, Moment(self.num_seen, self.num_real, new, padding))
         out = result.out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
         return out.transpose(1, 2).to(q.dtype)
 
@@ -182,7 +199,7 @@ class LayerCache(CacheLayerMixin):
             self.num_real = [n + num_new for n in self.num_real]
         if scored:
             assert self.plan.keep is not None
-            run.score = self.plan.keep.first_score(run.k, KeepContext(run.slots.long(), heads, self.site.layer))
+            run.score = self.plan.keep.first_score(run.k)
         return run
 
     def _ranks(self, num_queries: int, real: torch.Tensor | None, device: torch.device) -> torch.Tensor:
@@ -211,11 +228,29 @@ class LayerCache(CacheLayerMixin):
         """Tokens that a row may hold after so many, sinks included; one beside the sinks at least."""
         keep = self.plan.keep
         assert keep is not None
-        in_bytes = self._tokens_in_bytes() if keep.budget.unit == "bytes" else None
-        least = self.plan.sink + 1
-        known = {n: max(least, keep.budget.tokens(n, in_bytes)) for n in set(num_real.flatten().tolist())}
+        known = {n: self._allowed_after(n) for n in set(num_real.flatten().tolist())}
         allowed = [known[n] for n in num_real.flatten().tolist()]
         return torch.tensor(allowed, device=num_real.device).view_as(num_real)
+
+    def _allowed_after(self, num_real: int) -> int:
+        """Tokens that a row may hold after so many of its sequence, sinks included; one beside what is pinned at least."""
+        keep = self.plan.keep
+        assert keep is not None
+        assert self.eviction is not None
+        in_bytes = self._tokens_in_bytes() if keep.budget.unit == "bytes" else None
+        allowed = keep.budget.tokens(num_real, in_bytes)
+        sink, block, layer = self.plan.sink, self.codec.block, self.site.layer
+        if len(keep.layers.weights) > 1:
+            if in_bytes is None:
+                pinned = sink + (0 if keep.recent.is_share else int(keep.recent.value))
+                allowed = split_over_layers(allowed, pinned, num_real, keep.layers, self.site.num_layers)[layer]
+            else:  # whole blocks, so that the sum over layers stays within the bytes
+                blocks = (in_bytes - sink) // block
+                allowed = sink + block * split_over_layers(blocks, 1, 2**40, keep.layers, self.site.num_layers)[layer]
+        pinned = self.eviction.num_pinned(num_real)
+        if pinned and in_bytes is not None and sink + pinned >= allowed:
+            raise PlanError(f"{keep.budget} has room for {allowed} tokens of each sequence here: too few for {sink + pinned} pinned")
+        return max(sink + pinned + 1, allowed)
 
     def _fill_sinks(self, chunk: Run) -> Run:
         """The first tokens of each sequence go to the sinks, where they stay."""
@@ -254,56 +289,66 @@ class LayerCache(CacheLayerMixin):
 
     # -- applying the plan -----------------------------------------------------------------------------------------------
 
-    def _settle(self, query: Query, chunk: Run, lse: torch.Tensor) -> None:
-        if self.plan.keep is not None:
-            chunk = self._evict(query, chunk, lse)
-        self._store(chunk)
-
-    def _evict(self, query: Query, chunk: Run, lse: torch.Tensor) -> Run:
-        """Lets the keep policy choose among all tokens but the sinks; returns what is left of the chunk."""
-        keep = self.plan.keep
-        assert keep is not None
-        if keep.scored:
-            self._observe(query, chunk, lse)
-        slots = torch.cat([self.body.slots(), self.recent.slots.long(), chunk.slots.long()], 1)
-        heads = self.site.num_kv_heads
-        allowed = self._allowed(torch.tensor(self.num_real, device=slots.device)).repeat_interleave(heads)
-        allowed = allowed - self.sink.counts()
-        if not bool(((slots >= 0).sum(1) > allowed).any()):
-            return chunk
-        score = torch.zeros(slots.shape, device=slots.device)
-        if keep.scored:
-            assert self.recent.score is not None
-            assert chunk.score is not None
-            score = torch.cat([self.body.score(), self.recent.score, chunk.score], 1)
-        rank = keep.rank(score, KeepContext(slots, heads, self.site.layer))
-        pinned = latest(slots, [min(keep.recent.tokens(n), n) for n in allowed.tolist()])
-        rank = rank.masked_fill(pinned, torch.inf).masked_fill(slots < 0, -torch.inf)
-        stays = split_over_heads(rank, allowed, heads, keep.heads)
-        of_body, of_recent, of_chunk = stays.split([self.body.width, self.recent.width, chunk.width], 1)
-        gone = ~of_body & (slots[:, : self.body.width] >= 0)
-        if bool(gone.any()):
-            self.body.drop(gone)
-        self.recent = self.recent.where(of_recent)
-        return chunk.where(of_chunk)
-
-    def _observe(self, query: Query, chunk: Run, lse: torch.Tensor) -> None:
-        """Brings the scores up to date with the attention that tokens have just received."""
-        keep = self.plan.keep
-        assert keep is not None
-        num_queries = len(query.slots)
-        if not (observed := keep.observed(num_queries)):
+    def _settle(self, query: Query, chunk: Run, lse: torch.Tensor, moment: Moment) -> None:
+        """Lets the keep policy learn from a chunk and choose among all tokens but the sinks; stores what is left of it."""
+        assert self.eviction is not None
+        held = Candidates(self.body, self.recent, chunk)
+        sinks, new = self.sink.num_tokens(), chunk.num_tokens()
+        before = [a + s - c for a, s, c in zip(held.counts(), sinks, new, strict=True)]
+        self.eviction.observe(held, query, lse, moment, before)
+        if self.eviction.keep.reconstructs and len(query.slots) > 1:
+            self._store(chunk)  # `evict` is called once the chunk has been read again
             return
-        last = query.last(observed)
-        lse = lse.view(lse.shape[0], query.num_groups, -1)[:, :, -observed:].flatten(1)
-        for segment in self._moving(chunk):
-            received = segment.mass(last, lse)
-            mass = received.mean(1) if keep.group == "mean" else received.amax(1)
-            if isinstance(segment, Blocks):
-                segment.set_score(keep.update(segment.score(), mass, num_queries))
-            elif isinstance(segment, Run):
-                assert segment.score is not None
-                segment.score = keep.update(segment.score, mass, num_queries)
+        allowed = self._allowed_beside_sinks()
+        if self._in_place(chunk) and (victim := self.eviction.choose_one(held, allowed, moment)) is not None:
+            self._overwrite(victim, chunk)
+            return
+        self._store(self._thin_out(held, self.eviction.choose(held, allowed, moment)))
+
+    def evict(self, padding: torch.Tensor | None) -> None:
+        """Brings the layer within its budget without new tokens: what follows when a chunk has been read again."""
+        assert self.eviction is not None
+        held = Candidates(self.body, self.recent, empty_chunk(self.recent))
+        moment = Moment(self.num_seen, self.num_real, [0] * self.batch_size, padding)
+        self._thin_out(held, self.eviction.choose(held, self._allowed_beside_sinks(), moment))
+        self.body.tidy()
+
+    def _look_back(self, query: Query, lse: torch.Tensor, moment: Moment) -> None:
+        """The policy learns from a chunk that the model reads again; the cache stays as it is."""
+        assert self.eviction is not None
+        held = Candidates(self.body, self.recent, empty_chunk(self.recent))
+        if held.parts:
+            self.eviction.look_back(held, query, lse, moment)
+
+    def _allowed_beside_sinks(self) -> list[int]:
+        """For each row the tokens that it may hold, without its sinks."""
+        known = {n: self._allowed_after(n) for n in set(self.num_real)}
+        allowed = [known[n] for n in self.num_real for _ in range(self.site.num_kv_heads)]
+        return [n - sinks for n, sinks in zip(allowed, self.sink.num_tokens(), strict=True)]
+
+    def _in_place(self, chunk: Run) -> bool:
+        """Whether the chunk is one token a row that can take the place of another among the encoded ones."""
+        waits = self.codec.unit != "token" or self.plan.window > 0 or self.recent.width > 0
+        return not waits and chunk.width == 1 and chunk.whole and self.body.width > 0
+
+    def _overwrite(self, victim: torch.Tensor, chunk: Run) -> None:
+        """The new token of each row takes the place of `victim [R] long`; where it is itself the victim, it is gone."""
+        stays = victim < self.body.width
+        if bool(stays.all()):
+            self.body.replace(victim, chunk)
+        elif bool(stays.any()):
+            rows = stays.nonzero()[:, 0]
+            self.body.replace(victim[rows], chunk.rows(rows), rows)
+
+    def _thin_out(self, held: Candidates, stays: torch.Tensor | None) -> Run:
+        """Lets go of all that does not stay, `stays [R, N] bool`; returns what is left of the chunk."""
+        if stays is None:
+            return held.chunk
+        of_body, of_recent, of_chunk = stays.split(held.widths, 1)
+        if self.body.width and bool((~of_body & (held.slots[:, : self.body.width] >= 0)).any()):
+            self.body.drop(~of_body)
+        self.recent = self.recent.where(of_recent)
+        return held.chunk.where(of_chunk)
 
     def _store(self, chunk: Run) -> None:
         """New tokens join the recent ones; what is older than the dense window is encoded."""
@@ -347,6 +392,8 @@ class LayerCache(CacheLayerMixin):
             return {}, numbers
         segments = {"sink": self.sink.tensors(), "recent": self.recent.tensors(), "body": self.body.pool.state()}
         tensors = {f"{name}.{part}": x for name, parts in segments.items() for part, x in parts.items()}
+        if self.eviction:
+            tensors |= {f"keep.{name}": x for name, x in self.eviction.state.items()}
         return tensors, numbers | {"starts": self.body.starts, "lengths": self.body.lengths}
 
     def restore(
@@ -364,6 +411,8 @@ class LayerCache(CacheLayerMixin):
             Run(run["k"], run["v"], run["slots"], run.get("score")) for run in (held["sink"], held["recent"])
         )
         self.body.restore(held["body"], numbers["starts"], list(numbers["lengths"]))
+        if self.eviction:
+            self.eviction.state = part("keep", tensors)
 
     # -- what is there ---------------------------------------------------------------------------------------------------
 
@@ -376,12 +425,14 @@ class LayerCache(CacheLayerMixin):
         """Every tensor that the layer holds, named by its segment and purpose."""
         if self.is_initialized:
             for name, segment in (("sink", self.sink), ("recent", self.recent), ("body", self.body.pool)):
-                for part, tensor in segment.tensors().items():
-                    yield f"{name}.{part}", tensor
+                for purpose, tensor in segment.tensors().items():
+                    yield f"{name}.{purpose}", tensor
+            for purpose, tensor in (self.eviction.state if self.eviction else {}).items():
+                yield f"keep.{purpose}", tensor
 
     def kept_slots(self) -> list[list[int]]:
         """For each row (sequence * KV heads + head) the slots of the tokens held, in order."""
         if not self.is_initialized:
             return []
-        slots = torch.cat([self.sink.slots.long(), self.body.slots(), self.recent.slots.long()], 1)
+        slots = torch.cat([self.sink.slots, self.body.slots(), self.recent.slots], 1)
         return [sorted(s for s in row if s >= 0) for row in slots.tolist()]

@@ -17,7 +17,7 @@ import typing
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, TypeVar
 
-from kvfold.budget import WHOLE, Budget
+from kvfold.budget import WHOLE, Budget, LayerSplit
 from kvfold.errors import PlanError
 from kvfold.keep.base import Keep, Share
 from kvfold.registry import fields_of, methods, nearest
@@ -98,6 +98,8 @@ class Plan:
             limit = keep.budget
             if limit.unit == "tokens" and max(protect.sink, keep.sink) >= limit.value:
                 raise PlanError(f"protect(sink={protect.sink}) leaves nothing of a budget of {limit} for other tokens")
+        if keep and keep.budget.unit == "bytes" and len(keep.layers.weights) > 1 and "hybrid" in parts:
+            raise PlanError(f"{keep.name}: layers={keep.layers} splits {keep.budget} by what a token costs, which hybrid changes")
         return Plan(calls, **parts)
 
     def __str__(self) -> str:
@@ -108,13 +110,16 @@ class Plan:
         store = self.store
         if self.hybrid and min(index, num_layers - 1 - index) < self.hybrid.edge:
             store = self.hybrid.edge_store
+        keep = self.keep if self.keep and index >= self.keep.skip else None
+        if keep:
+            keep.layers.over(num_layers)  # says so where there are too many weights
         # A codec's own wish for dense sinks must not turn an eviction policy into one that keeps sinks.
-        sink = self.keep.sink if self.keep else store.sink
+        sink = keep.sink if keep else store.sink
         window = store.window
         if self.protect:
-            sink = max(self.keep.sink if self.keep else 0, self.protect.sink)
+            sink = max(keep.sink if keep else 0, self.protect.sink)
             window = self.protect.window
-        return LayerPlan(self.keep, store, sink, window)
+        return LayerPlan(keep, store, sink, window)
 
 
 _ORDER = ("keep", "protect", "hybrid", "store")
@@ -165,6 +170,12 @@ _EXAMPLE: dict[Any, str] = {Budget: "25%"}
 
 def _convert(method: str, key: str, value: "str | Call", hint: Any) -> Any:
     where = f"{method}: {key}={value}"
+    if hint is LayerSplit:
+        call = value if isinstance(value, Call) else Call(value)
+        try:
+            return LayerSplit.parse(call.name, [str(argument) for _, argument in call.args])
+        except PlanError as error:
+            raise PlanError(f"{method}: {error}") from None
     if hint is Store:
         call = value if isinstance(value, Call) else Call(value)
         if call.name not in methods("store"):

@@ -1,20 +1,28 @@
 """What a keep policy is: a number for each token. The cache does the rest.
 
 After every chunk (a decode step is a chunk of one) a layer has more tokens than the budget allows. Pinned tokens
-stay: the first `sink`, and the last `recent`. Of the others the highest ranks stay, and the rest is gone: its memory
-is overwritten by the next tokens.
+stay: the first `sink`, the last `recent`, and those that the user has pinned. Of the others the highest ranks stay, and
+the rest is gone: its memory is overwritten by the next tokens.
+
+Where a policy counts tokens, it counts those of the sequence (positions): what it keeps does not depend on padding.
 """
 
 from abc import ABC
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 
-from kvfold.budget import PERCENT, WHOLE, Budget, HeadSplit
+from kvfold.budget import PERCENT, UNIFORM, WHOLE, Budget, HeadSplit, LayerSplit
 from kvfold.errors import PlanError
+from kvfold.rope import Rope
 
 GroupReduce = Literal["mean", "max"]
+Measure = Literal["sum", "max", "hits"]
+State = dict[str, torch.Tensor]
+
+UNSCORED = 2.0**100
+"""The score of a token that its policy has not judged yet: above all that are judged, so that it stays."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +51,51 @@ NO_TOKENS = Share(0, False)
 HALF = Share(0.5, True)
 
 
+class Tokens(Protocol):
+    """The tokens that can go, encoded or not, in the order of `KeepContext.slots`. What is read is folded, not decoded."""
+
+    def products(self, q: torch.Tensor) -> torch.Tensor:
+        """`q · k_t` with every key: `[R, M, D]` to `[R, M, N] float32`; anything where there is no token."""
+
+    def weighted_keys(self, weights: torch.Tensor) -> torch.Tensor:
+        """`Σ_t w_t k_t`: `[R, M, N] float32` to `[R, M, D]`; weights are 0 where there is no token."""
+
+    def value_norms(self) -> torch.Tensor:
+        """`|v_t|`, `[R, N] float32`."""
+
+    def vectors(self, row: int, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of single tokens of one row, decoded: `places [n] long` to `[n, D] float32` twice."""
+
+
 @dataclass(frozen=True)
 class KeepContext:
-    """What a policy may look at when it ranks.
+    """What a policy may look at. Row = sequence * num_heads + head.
 
     Attributes:
-        slots: `[R, N] long`: the slot of each candidate, -1 where there is none.
-        num_heads: KV heads; row = sequence * num_heads + head.
+        slots: `[R, N] int32`: the slot of each token that can go, -1 where there is none.
+        positions: `[R, N] int`: how many tokens of its sequence came before it, padding left out; negative where there is none.
+        num_real: `[R] long`: tokens of the row's sequence so far.
+        num_new: `[R] long`: those of them that came with this chunk.
+        over: `[R] bool`: rows that hold more than they may.
+        num_heads: KV heads.
         layer: index of the layer.
+        num_sinks: first tokens of every sequence, which stay and are not among these.
+        tokens: their keys and values.
+        state: what the policy holds for the layer beside a number a token (see `Keep.initial_state`), to be changed in place.
+        rope: the layer's rotation, where the policy asks for it.
     """
 
     slots: torch.Tensor
+    positions: torch.Tensor
+    num_real: torch.Tensor
+    num_new: torch.Tensor
+    over: torch.Tensor
     num_heads: int
     layer: int
+    num_sinks: int
+    tokens: Tokens
+    state: State
+    rope: Rope | None = None
 
 
 class Keep(ABC):
@@ -65,8 +105,15 @@ class Keep(ABC):
     budget: Budget
     scored: ClassVar[bool] = True
     """Whether a number is stored with each token (4 bytes a token and KV head, counted)."""
+    measure: ClassVar[Measure] = "sum"
+    """What `update` gets of the attention that a token received from the observed queries: its `sum`, its `max`, or `hits`, the
+    number of queries that gave it at least the even share, 1 / (tokens that the query sees)."""
     strict: ClassVar[bool] = False
     """Whether queries of a chunk see no more than they would one by one: the last `budget - sink` tokens, and the sinks."""
+    needs_rope: ClassVar[bool] = False
+    """Whether `KeepContext.rope` must be there."""
+    reconstructs: ClassVar[bool] = False
+    """Whether the model reads each chunk a second time, through the cache, before tokens go (see kvfold.models.reconstruct)."""
     reindex: bool = False
     """Whether positions are counted inside the cache (StreamingLLM): only sinks are far away, so their query is rotated."""
 
@@ -74,27 +121,50 @@ class Keep(ABC):
     sink: int = 0
     recent: Share = NO_TOKENS
     heads: HeadSplit = "uniform"
+    layers: LayerSplit = UNIFORM
     group: GroupReduce = "mean"
+    skip: int = 0
+    """The first layers, as many as this, keep everything; the budget is that of the others."""
+
+    def initial_state(self, num_rows: int, num_groups: int, head_dim: int) -> State:
+        """Tensors that the policy holds for a layer, their first axis the row: counted, saved, and selected with the rows."""
+        return {}
+
+    def learn(self, q: torch.Tensor, positions: torch.Tensor, ctx: KeepContext) -> None:
+        """Sees the queries of a chunk, `[R, G, Q, D] float32`, scaled, and their positions, `[R, Q]`, -1 for padding."""
 
     def observed(self, num_queries: int) -> int:
         """Of the last how many queries of a chunk the attention is needed; 0 for none."""
         return 0
 
-    def first_score(self, k: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
+    def first_score(self, k: torch.Tensor) -> torch.Tensor:
         """The score of new tokens before any attention: `k [R, N, D]` to `[R, N] float32`."""
-        return torch.zeros(ctx.slots.shape, device=k.device)
+        return torch.zeros(k.shape[:2], device=k.device)
 
-    def update(self, score: torch.Tensor, mass: torch.Tensor, num_queries: int) -> torch.Tensor:
+    def update(self, score: torch.Tensor, mass: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
         """The score after a chunk, `[R, N]` both.
 
-        mass: the attention that each token received from the last `observed(num_queries)` queries, summed over them and reduced
-            over the query heads of the group by `group`.
+        mass: the attention that each token received from the last `observed(num_queries)` queries, by `measure`, after a
+            reduction over the query heads of the group by `group` (for `sum` and `max` the order is the other way round).
         """
         return score + mass
 
-    def rank(self, score: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
-        """What is compared when tokens must go: `[R, N] float32`, the highest stay."""
+    def refresh(self, score: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
+        """The score just before tokens go, for policies that look at keys and values."""
         return score
+
+    def rank(self, score: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
+        """What is compared when tokens must go: `[R, N] float32`, the highest stay; of equals the later ones."""
+        return score
+
+    def settle(
+        self, score: torch.Tensor, stays: torch.Tensor, free: torch.Tensor, ctx: KeepContext
+    ) -> torch.Tensor | None:
+        """After the choice: changes the state, and returns new scores if it wants them.
+
+        stays, free: `[R, N] bool`, the tokens that stay, and those that could have gone (neither pinned nor absent).
+        """
+        return None
 
     def check(self) -> None:
         """Raises PlanError when the arguments can't work together."""
@@ -103,3 +173,5 @@ class Keep(ABC):
         if self.budget.unit == "tokens" and self.sink + self.recent.tokens(int(self.budget.value)) > self.budget.value:
             too_many = f"{self.sink} sinks and {self.recent} recent tokens"
             raise PlanError(f"{self.name}: {too_many} exceed the budget of {self.budget}")
+        if self.budget.unit == "bytes" and self.skip:
+            raise PlanError(f"{self.name}: a budget of bytes is for all layers: write skip=0 with {self.budget}")

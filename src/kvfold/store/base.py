@@ -50,6 +50,10 @@ class TensorCodec(ABC):
     def combine(self, p: torch.Tensor, fields: Fields) -> torch.Tensor:
         """`Σ_t p_t x_t`: `[..., M, T] float32` to `[..., M, D] float32`, before `unfold_output`."""
 
+    def norms(self, fields: Fields) -> torch.Tensor:
+        """`|x_t|`, fields to `[..., T] float32`."""
+        return self.decode(fields).norm(dim=-1)
+
     def fold_query(self, q: torch.Tensor) -> torch.Tensor:
         """What is done to queries once, before all blocks (a rotation)."""
         return q
