@@ -23,6 +23,7 @@ class Candidates:
     def __init__(self, body: Blocks, recent: Run, chunk: Run):
         self.body, self.recent, self.chunk = body, recent, chunk
         self.parts: list[Segment] = [part for part in (body, recent, chunk) if part.width]
+        self._score: torch.Tensor | None = None
 
     @property
     def widths(self) -> list[int]:
@@ -42,10 +43,13 @@ class Candidates:
 
     def score(self) -> torch.Tensor:
         """`[R, N] float32`."""
-        scores = [part.score() if isinstance(part, Blocks) else part.score for part in self.parts]
-        return _join([score for score in scores if score is not None], self.chunk.slots.float())
+        if self._score is None:
+            scores = [part.score() if isinstance(part, Blocks) else part.score for part in self.parts]
+            self._score = _join([score for score in scores if score is not None], self.chunk.slots.float())
+        return self._score
 
     def set_score(self, score: torch.Tensor) -> None:
+        self._score = score
         body, recent, chunk = score.split(self.widths, 1)
         if self.body.width:
             self.body.set_score(body)

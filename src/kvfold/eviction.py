@@ -1,49 +1,19 @@
 """A keep policy at work in one layer: it watches the attention, and when tokens must go it says which."""
 
-from dataclasses import dataclass
-
 import torch
 
 from kvfold.attention.reference import Query
 from kvfold.budget import split_over_heads
 from kvfold.candidates import Candidates
-from kvfold.keep.base import Keep, KeepContext, State
+from kvfold.keep.base import Keep, KeepContext, Moment, State
 from kvfold.rope import Rope
 from kvfold.segment import Run
 
 Pins = tuple[tuple[int, int], ...]
 """Spans of positions, first and one after the last, in order and apart: tokens of the sequence that never go."""
 
+_NO_SLOT = torch.iinfo(torch.int32).max
 _RECENT = torch.finfo(torch.float32).max  # above every rank that a policy gives, below what the user has pinned
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Where a layer stands when its policy is asked.
-
-    Attributes:
-        num_seen: slots so far.
-        num_real: tokens of each sequence among them.
-        num_new: tokens of each sequence that came with this chunk.
-        padding: `[B, num_seen] bool`, False for padding, or None.
-    """
-
-    num_seen: int
-    num_real: list[int]
-    num_new: list[int]
-    padding: torch.Tensor | None = None
-
-    def positions(self, slots: torch.Tensor) -> torch.Tensor:
-        """From slots, `[R, N] int`, to positions: how many tokens of the sequence came before; negative for slot -1."""
-        rows = slots.shape[0] // len(self.num_real)
-        if self.padding is not None and min(self.num_real) < self.num_seen:
-            before = self.padding[:, : self.num_seen].long().cumsum(1) - 1
-            positions = before.repeat_interleave(rows, 0).gather(1, slots.clamp_min(0).long())
-            return positions.masked_fill(slots < 0, -1)
-        if min(self.num_real) == self.num_seen:
-            return slots
-        padded = torch.tensor([self.num_seen - n for n in self.num_real], dtype=slots.dtype, device=slots.device)
-        return (slots - padded.repeat_interleave(rows)[:, None]).masked_fill(slots < 0, -1)
 
 
 class Eviction:
@@ -69,113 +39,118 @@ class Eviction:
         """Pinned tokens among the first `num_real` of a sequence, sinks left out."""
         return sum(max(0, min(end, num_real) - max(start, self.num_sinks)) for start, end in self.pins)
 
+    def context(self, held: Candidates, moment: Moment, allowed: list[int]) -> KeepContext:
+        """What the policy sees. `allowed[r]`: tokens that row r may have, sinks left out."""
+        return KeepContext(
+            slots=held.slots,
+            tokens=held,
+            moment=moment,
+            allowed=allowed,
+            counts=held.counts(),
+            num_heads=self.num_heads,
+            layer=self.layer,
+            num_sinks=self.num_sinks,
+            state=self.state,
+            rope=self.rope,
+        )
+
     # -- watching --------------------------------------------------------------------------------------------------------
 
-    def observe(self, held: Candidates, query: Query, lse: torch.Tensor, moment: Moment, before: list[int]) -> None:
+    def observe(self, held: Candidates, query: Query, lse: torch.Tensor, ctx: KeepContext, sinks: list[int]) -> None:
         """Brings the scores up to date with a chunk's queries.
 
         Args:
             lse: `[R, M]` over all that the layer holds, +inf for padding.
-            before: tokens that each row held before the chunk, sinks included.
+            sinks: of each row.
         """
         keep = self.keep
-        ctx = self._context(held, moment)
         num_queries = len(query.slots)
-        if self._learns:
+        if type(keep).learn is not Keep.learn:
             rows, _, head_dim = query.q.shape
             q = query.q.view(rows, query.num_groups, num_queries, head_dim)
-            keep.learn(q, self._query_positions(query.slots, moment), ctx)
+            keep.learn(q, self._query_positions(query.slots, ctx.moment), ctx)
         if observed := min(keep.observed(num_queries), num_queries):
-            seen = self._tokens_seen(query.slots, moment, before)[:, -observed:] if keep.measure == "hits" else None
+            seen = self._tokens_seen(held, query.slots, ctx, sinks)[:, -observed:] if keep.measure == "hits" else None
             if observed < num_queries:
                 query = query.last(observed)
                 lse = lse.view(lse.shape[0], query.num_groups, -1)[:, :, -observed:].flatten(1)
             mass = held.received(query, lse, keep.measure, keep.group, seen)
             held.set_score(keep.update(held.score(), mass, ctx))
 
-    def look_back(self, held: Candidates, query: Query, lse: torch.Tensor, moment: Moment) -> None:
+    def look_back(self, held: Candidates, query: Query, lse: torch.Tensor, ctx: KeepContext) -> None:
         """As `observe`, for a chunk that is read again and whose own tokens are not held: every query counts."""
         mass = held.received(query, lse, self.keep.measure, self.keep.group, None)
-        held.set_score(self.keep.update(held.score(), mass, self._context(held, moment)))
-
-    @property
-    def _learns(self) -> bool:
-        return type(self.keep).learn is not Keep.learn
+        held.set_score(self.keep.update(held.score(), mass, ctx))
 
     def _query_positions(self, slots: torch.Tensor, moment: Moment) -> torch.Tensor:
         """`[R, Q]`, -1 for padding."""
-        by_sequence = slots.expand(len(moment.num_real), -1)
-        positions = moment.positions(by_sequence)
+        positions = moment.positions(slots.expand(len(moment.num_real), -1))
         if moment.padding is not None:
             positions = positions.masked_fill(~moment.padding[:, slots].bool(), -1)
         return positions.repeat_interleave(self.num_heads, 0)
 
-    def _tokens_seen(self, slots: torch.Tensor, moment: Moment, before: list[int]) -> torch.Tensor:
+    def _tokens_seen(self, held: Candidates, slots: torch.Tensor, ctx: KeepContext, sinks: list[int]) -> torch.Tensor:
         """`[R, Q]`: the tokens that each query of the chunk sees, itself included."""
-        held = torch.tensor(before, device=slots.device)[:, None]
-        if moment.padding is None:
-            return held + torch.arange(1, len(slots) + 1, device=slots.device)
-        new = moment.padding[:, slots].long().cumsum(1)
-        return held + new.repeat_interleave(self.num_heads, 0)
+        counts = zip(ctx.counts, sinks, held.chunk.num_tokens(), strict=True)
+        before = torch.tensor([n + first - new for n, first, new in counts], device=slots.device)[:, None]
+        if ctx.moment.padding is None:
+            return before + torch.arange(1, len(slots) + 1, device=slots.device)
+        new_so_far = ctx.moment.padding[:, slots].long().cumsum(1)
+        return before + new_so_far.repeat_interleave(self.num_heads, 0)
 
     # -- choosing --------------------------------------------------------------------------------------------------------
 
-    def choose(self, held: Candidates, allowed: list[int], moment: Moment) -> torch.Tensor | None:
-        """Which tokens stay, `[R, N] bool`; None when all do. `allowed[r]`: tokens that row r may have, sinks left out."""
-        counts = held.counts()
-        if not any(n > most for n, most in zip(counts, allowed, strict=True)):
+    def choose(self, held: Candidates, ctx: KeepContext) -> torch.Tensor | None:
+        """Which tokens stay, `[R, N] bool`; None when all do."""
+        if not any(n > most for n, most in zip(ctx.counts, ctx.allowed, strict=True)):
             return None
-        ctx, rank = self._rank(held, allowed, counts, moment)
-        stays = split_over_heads(rank, held.slots, torch.tensor(allowed, device=rank.device), self.num_heads, self.keep.heads)
+        rank = self._rank(held, ctx)
+        if ctx.empty_places:
+            rank = rank.masked_fill(held.slots < 0, -torch.inf)
+        allowed = torch.tensor(ctx.allowed, device=rank.device)
+        stays = split_over_heads(rank, held.slots, allowed, self.num_heads, self.keep.heads)
         self._settle(held, stays, rank, ctx)
         return stays
 
-    def choose_one(self, held: Candidates, allowed: list[int], moment: Moment) -> torch.Tensor | None:
+    def choose_one(self, held: Candidates, ctx: KeepContext) -> torch.Tensor | None:
         """`[R] long`: the one token of each row that must go, by its place. None when it is not one in every row.
 
         The same choice as that of `choose`, found by a minimum instead of a sort.
         """
-        counts = held.counts()
-        if self.keep.heads != "uniform" or any(n != most + 1 for n, most in zip(counts, allowed, strict=True)):
+        if self.keep.heads != "uniform" or any(n != most + 1 for n, most in zip(ctx.counts, ctx.allowed, strict=True)):
             return None
-        ctx, rank = self._rank(held, allowed, counts, moment)
-        if any(n < sum(held.widths) for n in counts):
+        rank = self._rank(held, ctx)
+        if ctx.empty_places:
             rank = rank.masked_fill(held.slots < 0, torch.inf)
-        least = rank == rank.amin(1, keepdim=True)
-        victim = held.slots.masked_fill(~least, torch.iinfo(torch.int32).max).argmin(1)
+        is_least = rank == rank.amin(1, keepdim=True)
+        victim = torch.where(is_least, held.slots, _NO_SLOT).argmin(1)  # of equals the oldest
         if type(self.keep).settle is not Keep.settle:
             stays = (held.slots >= 0).scatter_(1, victim[:, None], False)
             self._settle(held, stays, rank, ctx)
         return victim
 
-    def _rank(
-        self, held: Candidates, allowed: list[int], counts: list[int], moment: Moment
-    ) -> tuple[KeepContext, torch.Tensor]:
-        """What tokens are compared by, pinned ones at the top and places without one at the bottom."""
+    def _rank(self, held: Candidates, ctx: KeepContext) -> torch.Tensor:
+        """What tokens are compared by, pinned ones at the top; anything where there is none."""
         keep = self.keep
-        over = [n > most for n, most in zip(counts, allowed, strict=True)]
-        ctx = self._context(held, moment, over)
         score = held.score() if keep.scored else torch.zeros(held.slots.shape, device=held.slots.device)
         refreshed = keep.refresh(score, ctx)
         if refreshed is not score:
             held.set_score(refreshed)
         rank = keep.rank(refreshed, ctx)
-        recent = [min(keep.recent.tokens(n), n) for n in allowed]
+        recent = [min(keep.recent.tokens(n), n) for n in ctx.allowed]
         if any(recent):
-            rank = rank.masked_fill(ctx.positions >= self._first_recent(recent, moment, ctx.positions), _RECENT)
+            rank = rank.masked_fill(ctx.positions >= self._first_recent(recent, ctx), _RECENT)
         for start, end in self.pins:
             rank = rank.masked_fill((ctx.positions >= start) & (ctx.positions < end), torch.inf)
-        if any(n < sum(held.widths) for n in counts):
-            rank = rank.masked_fill(held.slots < 0, -torch.inf)
-        return ctx, rank
+        return rank
 
-    def _first_recent(self, recent: list[int], moment: Moment, positions: torch.Tensor) -> int | torch.Tensor:
+    def _first_recent(self, recent: list[int], ctx: KeepContext) -> int | torch.Tensor:
         """The position from which on tokens are recent: one number, or `[R, 1]` where rows differ."""
-        num_real = [n for n in moment.num_real for _ in range(self.num_heads)]
+        num_real = [n for n in ctx.moment.num_real for _ in range(self.num_heads)]
         first = [n - last for n, last in zip(num_real, recent, strict=True)]
         if min(first) == max(first):
             return first[0]
-        return torch.tensor(first, dtype=positions.dtype, device=positions.device)[:, None]
+        return torch.tensor(first, dtype=ctx.positions.dtype, device=ctx.positions.device)[:, None]
 
     def _settle(self, held: Candidates, stays: torch.Tensor, rank: torch.Tensor, ctx: KeepContext) -> None:
         if type(self.keep).settle is Keep.settle:
@@ -184,22 +159,6 @@ class Eviction:
         score = self.keep.settle(held.score(), stays, free, ctx)
         if score is not None:
             held.set_score(score)
-
-    def _context(self, held: Candidates, moment: Moment, over: list[bool] | None = None) -> KeepContext:
-        device, heads = held.slots.device, self.num_heads
-        return KeepContext(
-            slots=held.slots,
-            positions=moment.positions(held.slots),
-            num_real=torch.tensor(moment.num_real, device=device).repeat_interleave(heads),
-            num_new=torch.tensor(moment.num_new, device=device).repeat_interleave(heads),
-            over=torch.tensor(over if over is not None else [False] * len(held.slots), device=device),
-            num_heads=heads,
-            layer=self.layer,
-            num_sinks=self.num_sinks,
-            tokens=held,
-            state=self.state,
-            rope=self.rope,
-        )
 
 
 def empty_chunk(like: Run) -> Run:

@@ -18,8 +18,9 @@ from kvfold.blocks import Blocks
 from kvfold.budget import split_over_layers
 from kvfold.candidates import Candidates
 from kvfold.errors import PlanError
-from kvfold.eviction import Eviction, Moment, Pins, empty_chunk
+from kvfold.eviction import Eviction, Pins, empty_chunk
 from kvfold.handle import Handle, SeenLength
+from kvfold.keep.base import Moment
 from kvfold.plan import LayerPlan
 from kvfold.segment import Run, Segment, join
 from kvfold.site import Site
@@ -293,24 +294,22 @@ class LayerCache(CacheLayerMixin):
         """Lets the keep policy learn from a chunk and choose among all tokens but the sinks; stores what is left of it."""
         assert self.eviction is not None
         held = Candidates(self.body, self.recent, chunk)
-        sinks, new = self.sink.num_tokens(), chunk.num_tokens()
-        before = [a + s - c for a, s, c in zip(held.counts(), sinks, new, strict=True)]
-        self.eviction.observe(held, query, lse, moment, before)
+        ctx = self.eviction.context(held, moment, self._allowed_beside_sinks())
+        self.eviction.observe(held, query, lse, ctx, self.sink.num_tokens())
         if self.eviction.keep.reconstructs and len(query.slots) > 1:
             self._store(chunk)  # `evict` is called once the chunk has been read again
-            return
-        allowed = self._allowed_beside_sinks()
-        if self._in_place(chunk) and (victim := self.eviction.choose_one(held, allowed, moment)) is not None:
+        elif self._in_place(chunk) and (victim := self.eviction.choose_one(held, ctx)) is not None:
             self._overwrite(victim, chunk)
-            return
-        self._store(self._thin_out(held, self.eviction.choose(held, allowed, moment)))
+        else:
+            self._store(self._thin_out(held, self.eviction.choose(held, ctx)))
 
     def evict(self, padding: torch.Tensor | None) -> None:
         """Brings the layer within its budget without new tokens: what follows when a chunk has been read again."""
         assert self.eviction is not None
         held = Candidates(self.body, self.recent, empty_chunk(self.recent))
         moment = Moment(self.num_seen, self.num_real, [0] * self.batch_size, padding)
-        self._thin_out(held, self.eviction.choose(held, self._allowed_beside_sinks(), moment))
+        ctx = self.eviction.context(held, moment, self._allowed_beside_sinks())
+        self._thin_out(held, self.eviction.choose(held, ctx))
         self.body.tidy()
 
     def _look_back(self, query: Query, lse: torch.Tensor, moment: Moment) -> None:
@@ -318,7 +317,7 @@ class LayerCache(CacheLayerMixin):
         assert self.eviction is not None
         held = Candidates(self.body, self.recent, empty_chunk(self.recent))
         if held.parts:
-            self.eviction.look_back(held, query, lse, moment)
+            self.eviction.look_back(held, query, lse, self.eviction.context(held, moment, self._allowed_beside_sinks()))
 
     def _allowed_beside_sinks(self) -> list[int]:
         """For each row the tokens that it may hold, without its sinks."""
@@ -336,7 +335,7 @@ class LayerCache(CacheLayerMixin):
         stays = victim < self.body.width
         if bool(stays.all()):
             self.body.replace(victim, chunk)
-        elif bool(stays.any()):
+        else:
             rows = stays.nonzero()[:, 0]
             self.body.replace(victim[rows], chunk.rows(rows), rows)
 

@@ -9,6 +9,7 @@ Where a policy counts tokens, it counts those of the sequence (positions): what 
 
 from abc import ABC
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -68,34 +69,89 @@ class Tokens(Protocol):
 
 
 @dataclass(frozen=True)
+class Moment:
+    """Where a layer stands when its policy is asked.
+
+    Attributes:
+        num_seen: slots so far.
+        num_real: tokens of each sequence among them.
+        num_new: tokens of each sequence that came with this chunk.
+        padding: `[B, num_seen] bool`, False for padding, or None.
+    """
+
+    num_seen: int
+    num_real: list[int]
+    num_new: list[int]
+    padding: torch.Tensor | None = None
+
+    def positions(self, slots: torch.Tensor) -> torch.Tensor:
+        """From slots, `[R, N] int`, to positions: how many tokens of the sequence came before; negative for slot -1."""
+        rows = slots.shape[0] // len(self.num_real)
+        if min(self.num_real) == self.num_seen:
+            return slots
+        if self.padding is not None:
+            before = self.padding[:, : self.num_seen].long().cumsum(1) - 1
+            positions = before.repeat_interleave(rows, 0).gather(1, slots.clamp_min(0).long())
+            return positions.masked_fill(slots < 0, -1)
+        padded = torch.tensor([self.num_seen - n for n in self.num_real], dtype=slots.dtype, device=slots.device)
+        return (slots - padded.repeat_interleave(rows)[:, None]).masked_fill(slots < 0, -1)
+
+
+@dataclass(frozen=True)
 class KeepContext:
-    """What a policy may look at. Row = sequence * num_heads + head.
+    """What a policy may look at. Row = sequence * num_heads + head. What takes a computation is computed when it is asked for.
 
     Attributes:
         slots: `[R, N] int32`: the slot of each token that can go, -1 where there is none.
-        positions: `[R, N] int`: how many tokens of its sequence came before it, padding left out; negative where there is none.
-        num_real: `[R] long`: tokens of the row's sequence so far.
-        num_new: `[R] long`: those of them that came with this chunk.
-        over: `[R] bool`: rows that hold more than they may.
+        tokens: their keys and values.
+        moment: where the layer stands.
+        allowed: tokens that each row may have, sinks left out.
+        counts: tokens that each row has.
         num_heads: KV heads.
         layer: index of the layer.
         num_sinks: first tokens of every sequence, which stay and are not among these.
-        tokens: their keys and values.
         state: what the policy holds for the layer beside a number a token (see `Keep.initial_state`), to be changed in place.
         rope: the layer's rotation, where the policy asks for it.
     """
 
     slots: torch.Tensor
-    positions: torch.Tensor
-    num_real: torch.Tensor
-    num_new: torch.Tensor
-    over: torch.Tensor
+    tokens: Tokens
+    moment: Moment
+    allowed: list[int]
+    counts: list[int]
     num_heads: int
     layer: int
     num_sinks: int
-    tokens: Tokens
     state: State
     rope: Rope | None = None
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """`[R, N] int`: how many tokens of its sequence came before it, padding left out; negative where there is none."""
+        return self.moment.positions(self.slots)
+
+    @cached_property
+    def num_real(self) -> torch.Tensor:
+        """`[R] long`: tokens of the row's sequence so far."""
+        return self._by_row(self.moment.num_real)
+
+    @cached_property
+    def num_new(self) -> torch.Tensor:
+        """`[R] long`: those of them that came with this chunk."""
+        return self._by_row(self.moment.num_new)
+
+    @cached_property
+    def over(self) -> torch.Tensor:
+        """`[R] bool`: rows that hold more than they may."""
+        return torch.tensor([n > most for n, most in zip(self.counts, self.allowed, strict=True)], device=self.slots.device)
+
+    @cached_property
+    def empty_places(self) -> bool:
+        """Whether there are places without a token."""
+        return any(n < self.slots.shape[1] for n in self.counts)
+
+    def _by_row(self, numbers: list[int]) -> torch.Tensor:
+        return torch.tensor([n for n in numbers for _ in range(self.num_heads)], device=self.slots.device)
 
 
 class Keep(ABC):
