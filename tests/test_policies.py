@@ -158,7 +158,9 @@ def test_padded_queries_give_no_attention() -> None:
         torch.testing.assert_close(mine.score()[2 + head][here], theirs.score()[head][there], atol=1e-4, rtol=1e-4)
 
 
-def _queries_and_cache(ids: torch.Tensor) -> tuple[list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]], torch.nn.Module]:
+def _queries_and_cache(
+    ids: torch.Tensor,
+) -> tuple[list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]], torch.nn.Module]:
     """Queries before their rotation, `[B, Hq, S, D]`, and keys and values `[B, Hkv, S, D]` of each layer."""
     model = sharp_model()
     queries: list[torch.Tensor] = []
@@ -285,9 +287,7 @@ def test_sieve_walks_as_the_one_by_one_algorithm() -> None:
         hand = torch.randint(0, 21, (1,), generator=generator).int()
         free = torch.rand(1, num_tokens, generator=generator) < 0.9
         num_victims = min(num_victims, int(free.sum()))
-        ctx = KeepContext(
-            slots, tokens_of_layer, Moment(20, [20], [1]), [0], [num_tokens], 1, 0, 0, {"hand": hand.clone()}
-        )
+        ctx = KeepContext(slots, tokens_of_layer, Moment(20, [20], [1]), [0], [num_tokens], 1, 0, 0, {"hand": hand.clone()})
         rank = keep.rank(bits, ctx).masked_fill(~free, torch.inf)
         victims = rank[0].argsort(stable=True)[:num_victims]
         stays = torch.ones(1, num_tokens, dtype=torch.bool)

@@ -69,6 +69,31 @@ class Budget:
         return max(1, tokens_in_bytes)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What tokens take, to turn bytes into tokens.
+
+    Attributes:
+        rows: KV heads of all sequences and layers, between which the bytes are shared.
+        block: tokens a block.
+        block_bytes: of one block, with all that belongs to it.
+        dense_bytes: of a row's tokens that are not in blocks, at their most.
+    """
+
+    rows: int
+    block: int
+    block_bytes: int
+    dense_bytes: int
+
+    def blocks(self, budget: Budget) -> int:
+        """Whole blocks of a row that fit into a budget of bytes. PlanError when there is not even one."""
+        blocks = int((budget.value / self.rows - self.dense_bytes) // self.block_bytes)
+        if blocks < 1:
+            least = (self.dense_bytes + self.block_bytes) * self.rows
+            raise PlanError(f"{budget} is too little for this plan: it needs {least / 2**20:.1f}MiB at least")
+        return blocks
+
+
 # -- over layers -------------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import torch
 from kvfold.attention.reference import Query
 from kvfold.blocks import Blocks
 from kvfold.keep.base import GroupReduce, Measure
-from kvfold.segment import Run, Segment
+from kvfold.segment import Run
 
 _QUERIES_AT_ONCE = 32
 """Whose attention is held one by one, where a sum does not do: few enough to stay small beside the cache."""
@@ -22,7 +22,7 @@ class Candidates:
 
     def __init__(self, body: Blocks, recent: Run, chunk: Run):
         self.body, self.recent, self.chunk = body, recent, chunk
-        self.parts: list[Segment] = [part for part in (body, recent, chunk) if part.width]
+        self.parts: list[Blocks | Run] = [part for part in (body, recent, chunk) if part.width]
         self._score: torch.Tensor | None = None
 
     @property
@@ -131,7 +131,7 @@ def _slice(query: Query, lse: torch.Tensor, start: int, end: int) -> tuple[Query
     return replace(query, q=q, slots=query.slots[start:end]), lse
 
 
-def _each(part: Segment, query: Query, lse: torch.Tensor) -> torch.Tensor:
+def _each(part: Blocks | Run, query: Query, lse: torch.Tensor) -> torch.Tensor:
     """`[R, G, Q, N]`: the attention of every single query."""
     rows, num_vectors, _ = query.q.shape
     # Every query as a head of its own, standing at the last slot; what is younger than it is taken out again below.

@@ -3,8 +3,9 @@
 import torch
 
 from kvfold.attention.reference import Query
-from kvfold.budget import split_over_heads
+from kvfold.budget import UNIFORM, Cost, split_over_heads, split_over_layers
 from kvfold.candidates import Candidates
+from kvfold.errors import PlanError
 from kvfold.keep.base import Keep, KeepContext, Moment, State
 from kvfold.rope import Rope
 from kvfold.segment import Run
@@ -39,6 +40,30 @@ class Eviction:
         """Pinned tokens among the first `num_real` of a sequence, sinks left out."""
         return sum(max(0, min(end, num_real) - max(start, self.num_sinks)) for start, end in self.pins)
 
+    def allowed_after(self, num_real: int, num_layers: int, cost: Cost | None) -> int:
+        """Tokens that a row may hold after so many of its sequence, sinks included; one beside what is pinned at least.
+
+        `cost`: what tokens take, for a budget of bytes.
+        """
+        keep, sink = self.keep, self.num_sinks
+        budget, split = keep.budget, keep.layers
+        pinned = self.num_pinned(num_real)
+        if cost is None:
+            allowed = budget.tokens(num_real)
+            if split != UNIFORM:
+                least = sink + (0 if keep.recent.is_share else int(keep.recent.value))
+                allowed = split_over_layers(allowed, least, num_real, split, num_layers)[self.layer]
+        else:
+            blocks = cost.blocks(budget)
+            if split != UNIFORM:
+                blocks = split_over_layers(blocks, 1, blocks * num_layers, split, num_layers)[self.layer]
+            allowed = budget.tokens(num_real, sink + blocks * cost.block)
+            if pinned and sink + pinned >= allowed:
+                raise PlanError(
+                    f"{budget} has room for {allowed} tokens of a sequence here: too few for {sink + pinned} pinned"
+                )
+        return max(sink + pinned + 1, allowed)
+
     def context(self, held: Candidates, moment: Moment, allowed: list[int]) -> KeepContext:
         """What the policy sees. `allowed[r]`: tokens that row r may have, sinks left out."""
         return KeepContext(
@@ -69,7 +94,8 @@ class Eviction:
             rows, _, head_dim = query.q.shape
             q = query.q.view(rows, query.num_groups, num_queries, head_dim)
             keep.learn(q, self._query_positions(query.slots, ctx.moment), ctx)
-        if observed := min(keep.observed(num_queries), num_queries):
+        observed = min(keep.observed(num_queries), num_queries)
+        if observed and held.parts:
             seen = self._tokens_seen(held, query.slots, ctx, sinks)[:, -observed:] if keep.measure == "hits" else None
             if observed < num_queries:
                 query = query.last(observed)

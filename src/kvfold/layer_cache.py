@@ -15,9 +15,8 @@ from transformers.cache_utils import CacheLayerMixin
 from kvfold.attention import dispatch
 from kvfold.attention.reference import Partial, Query
 from kvfold.blocks import Blocks
-from kvfold.budget import split_over_layers
+from kvfold.budget import Cost
 from kvfold.candidates import Candidates
-from kvfold.errors import PlanError
 from kvfold.eviction import Eviction, Pins, empty_chunk
 from kvfold.handle import Handle, SeenLength
 from kvfold.keep.base import Moment
@@ -96,6 +95,8 @@ class LayerCache(CacheLayerMixin):
         self.num_seen, self.num_real, self.is_initialized = 0, [], False
         for name in ("sink", "recent", "body"):
             self.__dict__.pop(name, None)
+        if self.eviction:
+            self.eviction.state = {}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens; `tokens_to_remove` is negative, as in transformers.
@@ -234,24 +235,10 @@ class LayerCache(CacheLayerMixin):
         return torch.tensor(allowed, device=num_real.device).view_as(num_real)
 
     def _allowed_after(self, num_real: int) -> int:
-        """Tokens that a row may hold after so many of its sequence, sinks included; one beside what is pinned at least."""
-        keep = self.plan.keep
-        assert keep is not None
+        """Tokens that a row may hold after so many of its sequence, sinks included."""
         assert self.eviction is not None
-        in_bytes = self._tokens_in_bytes() if keep.budget.unit == "bytes" else None
-        allowed = keep.budget.tokens(num_real, in_bytes)
-        sink, block, layer = self.plan.sink, self.codec.block, self.site.layer
-        if len(keep.layers.weights) > 1:
-            if in_bytes is None:
-                pinned = sink + (0 if keep.recent.is_share else int(keep.recent.value))
-                allowed = split_over_layers(allowed, pinned, num_real, keep.layers, self.site.num_layers)[layer]
-            else:  # whole blocks, so that the sum over layers stays within the bytes
-                blocks = (in_bytes - sink) // block
-                allowed = sink + block * split_over_layers(blocks, 1, 2**40, keep.layers, self.site.num_layers)[layer]
-        pinned = self.eviction.num_pinned(num_real)
-        if pinned and in_bytes is not None and sink + pinned >= allowed:
-            raise PlanError(f"{keep.budget} has room for {allowed} tokens of each sequence here: too few for {sink + pinned} pinned")
-        return max(sink + pinned + 1, allowed)
+        cost = self._cost() if self.eviction.keep.budget.unit == "bytes" else None
+        return self.eviction.allowed_after(num_real, self.site.num_layers, cost)
 
     def _fill_sinks(self, chunk: Run) -> Run:
         """The first tokens of each sequence go to the sinks, where they stay."""
@@ -367,20 +354,17 @@ class LayerCache(CacheLayerMixin):
             self.body.tidy()
         self.recent = dense.owned()
 
-    def _tokens_in_bytes(self) -> int:
-        """How many tokens fit into this layer's part of a budget of bytes, everything counted."""
-        keep = self.plan.keep
-        assert keep is not None
+    def _cost(self) -> Cost:
+        """What the tokens of all layers like this one take in bytes."""
+        assert self.plan.keep is not None
         head_dim, block = self.site.head_dim, self.codec.block
-        rows = self.batch_size * self.site.num_kv_heads * self.site.num_layers
-        per_block = self.body.block_bytes(head_dim)
         num_dense = self.plan.sink + self.plan.window + (block - 1 if self.codec.unit == "block" else 0)
-        dense_bytes = num_dense * (2 * head_dim * self.dtype.itemsize + 4 + 4 * keep.scored)
-        num_blocks = int((keep.budget.value / rows - dense_bytes) // per_block)
-        if num_blocks < 1:
-            least = (dense_bytes + per_block) * rows
-            raise PlanError(f"{keep.budget} is too little for this plan: it needs {least / 2**20:.1f}MiB at least")
-        return self.plan.sink + num_blocks * block
+        return Cost(
+            rows=self.batch_size * self.site.num_kv_heads * self.site.num_layers,
+            block=block,
+            block_bytes=self.body.block_bytes(head_dim),
+            dense_bytes=num_dense * (2 * head_dim * self.dtype.itemsize + 4 + 4 * self.plan.keep.scored),
+        )
 
     # -- saving ----------------------------------------------------------------------------------------------------------
 

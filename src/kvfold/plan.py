@@ -99,7 +99,9 @@ class Plan:
             if limit.unit == "tokens" and max(protect.sink, keep.sink) >= limit.value:
                 raise PlanError(f"protect(sink={protect.sink}) leaves nothing of a budget of {limit} for other tokens")
         if keep and keep.budget.unit == "bytes" and len(keep.layers.weights) > 1 and "hybrid" in parts:
-            raise PlanError(f"{keep.name}: layers={keep.layers} splits {keep.budget} by what a token costs, which hybrid changes")
+            raise PlanError(
+                f"{keep.name}: layers={keep.layers} splits {keep.budget} by what a token costs, which hybrid changes"
+            )
         return Plan(calls, **parts)
 
     def __str__(self) -> str:

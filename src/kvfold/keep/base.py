@@ -213,9 +213,7 @@ class Keep(ABC):
         """What is compared when tokens must go: `[R, N] float32`, the highest stay; of equals the later ones."""
         return score
 
-    def settle(
-        self, score: torch.Tensor, stays: torch.Tensor, free: torch.Tensor, ctx: KeepContext
-    ) -> torch.Tensor | None:
+    def settle(self, score: torch.Tensor, stays: torch.Tensor, free: torch.Tensor, ctx: KeepContext) -> torch.Tensor | None:
         """After the choice: changes the state, and returns new scores if it wants them.
 
         stays, free: `[R, N] bool`, the tokens that stay, and those that could have gone (neither pinned nor absent).

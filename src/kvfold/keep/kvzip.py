@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 
 from kvfold.budget import UNIFORM, Budget, HeadSplit, LayerSplit
-from kvfold.keep.base import NO_TOKENS, UNSCORED, GroupReduce, Keep, KeepContext, Measure, Share
+from kvfold.keep.base import NO_TOKENS, UNSCORED, Keep, KeepContext, Measure, Share
 from kvfold.registry import register
 
 
@@ -35,7 +35,7 @@ class KVzip(Keep):
     recent: Share = NO_TOKENS
     heads: HeadSplit = "ada"
     layers: LayerSplit = UNIFORM
-    group: ClassVar[GroupReduce] = "max"
+    group = "max"  # without a type: no argument
     measure: ClassVar[Measure] = "max"
     reconstructs: ClassVar[bool] = True
 
