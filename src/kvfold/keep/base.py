@@ -186,7 +186,7 @@ class Keep(ABC):
         """Tensors that the policy holds for a layer, their first axis the row: counted, saved, and selected with the rows."""
         return {}
 
-    def learn(self, q: torch.Tensor, positions: torch.Tensor, ctx: KeepContext) -> None:
+    def learn(self, q: torch.Tensor, positions: torch.Tensor, ctx: KeepContext) -> None:  # noqa: B027  (most don't learn)
         """Sees the queries of a chunk, `[R, G, Q, D] float32`, scaled, and their positions, `[R, Q]`, -1 for padding."""
 
     def observed(self, num_queries: int) -> int:

@@ -94,7 +94,7 @@ class Expected(Keep):
 
 
 def _root(spread: torch.Tensor) -> torch.Tensor:
-    """A with `A A^T = spread`, `[..., D, D]` both; a little is added to the diagonal, so that rounding can't make it negative."""
+    """A with `A A^T = spread`, `[..., D, D]` both; a little is added to the diagonal against rounding."""
     size = spread.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     return torch.linalg.cholesky_ex(spread + (1e-4 * size + 1e-12) * torch.eye(spread.shape[-1], device=spread.device))[0]
 

@@ -11,8 +11,8 @@ twice as long. Heads share a layer's budget (`heads=ada`), as scores of differen
 
 Differs from the paper in that a chunk is repeated when it has been read, not when all has, so that memory is bounded by the
 budget and a chunk; that no instruction ('Repeat the previous context') comes between, as a cache has no tokenizer; that the
-budget is split over the heads of a layer, not over all layers; and that generated tokens, which were not repeated, stay as long as
-there are repeated ones to let go.
+budget is split over the heads of a layer, not over all layers; and that generated tokens, which were not repeated, stay as
+long as there are repeated ones to let go.
 """
 
 from dataclasses import dataclass

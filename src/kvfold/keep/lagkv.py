@@ -11,8 +11,9 @@ The last whole partition, and what has come after it, is not judged yet and stay
 the same share, as in the paper.
 
 Differs from the paper in that the budget is that of all tokens, the last partition included, so that judged partitions keep
-less than the budget's share; and in that an older partition is thinned out again when a fixed budget shrinks its part. A token is
-read twice in its life, when its partition is judged and when it judges: that is done on decoded vectors, a partition at a time.
+less than the budget's share; and in that an older partition is thinned out again when a fixed budget shrinks its part. A
+token is read twice in its life, when its partition is judged and when it judges: that is done on decoded vectors, a partition
+at a time.
 """
 
 from dataclasses import dataclass

@@ -21,6 +21,8 @@ from kvfold.errors import PlanError
 from kvfold.keep.base import GroupReduce, Keep, KeepContext, Measure, Share
 from kvfold.registry import register
 
+_TEN = Share(10, False)
+
 
 @register("keep", "scissorhands")
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Scissorhands(Keep):
 
     budget: Budget
     window: int = 400
-    recent: Share = Share(10, False)
+    recent: Share = _TEN
     sink: int = 0
     group: GroupReduce = "mean"
     heads: HeadSplit = "uniform"

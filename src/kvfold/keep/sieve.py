@@ -10,7 +10,7 @@ It is new for a KV cache, where a hit has to be defined: a query hits a token wh
 attention, 1 / (tokens that it sees), as the mean over the query heads of the group (or `group=max`). Pinned tokens, the
 `recent` ones among them, are no part of the queue: the hand passes them by.
 
-    goes first: the unvisited, in the order in which the hand meets them; when there are none left, the visited in the same order
+    goes first: the unvisited, in the order in which the hand meets them; when none is left, the visited in the same order
 
 This gives the same tokens as walking one by one, since no token comes in between.
 """
