@@ -41,6 +41,10 @@ POLICIES = {
     "l2norm": "l2norm({})",
     "l2norm, all layers": "l2norm({}, skip=0, sink=4)",
 }
+COLUMNS = (
+    *("policy", "plan", "MiB", "KL", "perplexity", "needles found", "needles log p", "article found", "article log p"),
+    "loses to random in",
+)
 
 
 def twin(keep: Keep, budget: str) -> str:
@@ -131,13 +135,13 @@ def measure(
 def table(known: dict[str, Any], wanted: dict[str, list[str]], options: argparse.Namespace, model: str) -> str:
     """Markdown: a policy and its twin side by side, and where it loses."""
     lines = [
-        f"{model or options.model}, float32. KL and perplexity: {options.prefill} tokens prefilled, {options.stream} streamed by",
-        f"32. Needles and article: {options.read} tokens read, then asked; *found* is the share of right answers by greedy",
+        f"{model or options.model}, float32. KL and perplexity: {options.prefill} tokens prefilled, {options.stream} streamed",
+        f"by 32. Needles and article: {options.read} tokens read, then asked; *found* is the share of right answers by greedy",
         "decoding, *log p* the mean log-probability of the right answer. Numbers after the slash are those of random eviction",
         "that pins the same tokens. MiB counts everything, at the end of the stream.",
         "",
-        "| policy | plan | MiB | KL | perplexity | needles found | needles log p | article found | article log p | loses to random in |",
-        "| :-- | :-- | --: | --: | --: | --: | --: | --: | --: | :-- |",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + " --: |" * len(COLUMNS),
     ]
     rows = [("full", "full", None)]
     for at, budget in enumerate(options.budgets):
