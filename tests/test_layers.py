@@ -10,20 +10,26 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "kvfold"
 
 # The upper floors: what none of the stages, nor the arithmetic below them, may know.
-UPPER = {"layer_cache", "kv_cache", "models", "lab", "cli"}
+UPPER = {"layer_cache", "shared_layers", "layers", "layer_state", "kv_cache", "models", "lab", "cli"}
 # Where tokens lie.
-SEGMENTS = {"segment", "blocks", "pool"}
+SEGMENTS = {"segment", "block_view", "blocks", "pool"}
 
 # Who must not import whom, at any depth of a function. A part is a package or module of kvfold.
 FORBIDDEN = {
     "keep": UPPER | SEGMENTS | {"attention", "catalog", "plan", "store"},
     "store": UPPER | SEGMENTS | {"attention", "budget", "catalog", "keep", "kernels", "plan"},
+    "read": UPPER | SEGMENTS | {"attention", "catalog", "keep", "kernels", "plan", "share", "tier"},
+    "share": UPPER | SEGMENTS | {"attention", "catalog", "keep", "kernels", "plan", "read", "tier"},
+    "tier": UPPER | {"attention", "block_view", "blocks", "catalog", "keep", "kernels", "plan", "read", "segment", "share"},
     "kernels": UPPER | SEGMENTS | {"attention", "budget", "keep", "plan"},
     "attention": UPPER | SEGMENTS | {"keep", "plan"},
-    "pool": UPPER | {"blocks", "keep", "plan", "segment"},
-    "segment": UPPER | {"blocks", "keep", "plan", "pool"},
-    "blocks": UPPER | {"keep", "plan"},
-    "layer_cache": {"catalog", "cli", "kv_cache", "lab", "models"},
+    "pool": UPPER | {"block_view", "blocks", "keep", "plan", "read", "segment", "tier"},
+    "segment": UPPER | {"block_view", "blocks", "keep", "plan", "pool", "read", "tier"},
+    "block_view": UPPER | {"blocks", "keep", "plan", "pool", "read", "tier"},
+    "blocks": UPPER | {"keep", "plan", "read", "tier"},
+    "layer_cache": {"catalog", "cli", "kv_cache", "lab", "layers", "layer_state", "models", "shared_layers"},
+    "shared_layers": {"catalog", "cli", "kv_cache", "lab", "layers", "models"},
+    "layers": {"catalog", "cli", "kv_cache", "lab", "models"},
     "kv_cache": {"cli", "lab", "models"},
     "models": {"cli", "lab"},
     "plan": UPPER | SEGMENTS | {"attention"},
@@ -69,7 +75,7 @@ def test_only_the_lab_and_the_command_line_know_of_each_other() -> None:
             assert not _imports(path) & {"lab", "cli"}, path
 
 
-@pytest.mark.parametrize("package", ["keep", "store"])
+@pytest.mark.parametrize("package", ["keep", "read", "share", "store"])
 def test_methods_know_nothing_of_each_other(package: str) -> None:
     """One method, one file. A codec may be built from another codec; a policy never from another policy."""
     shared = {"base", "affine", "pack", "rotation", "dense", "integer"} if package == "store" else {"base"}

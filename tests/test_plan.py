@@ -13,7 +13,7 @@ from kvfold.catalog import STRATEGIES, resolve
 from kvfold.errors import PlanError
 from kvfold.keep.base import Share
 from kvfold.plan import Hybrid, Plan, Protect
-from kvfold.registry import fields_of, methods, register
+from kvfold.registry import STAGES, fields_of, methods, register
 from kvfold.store.base import Store
 
 BUDGETS = st.sampled_from(["25%", "12.5%", "100%", "1024", "300", "64MiB", "1.5GiB", "900KiB"])
@@ -57,9 +57,13 @@ def _call(draw: st.DrawFn, name: str, cls: type) -> str:
 def plans(draw: st.DrawFn) -> str:
     """The text of a plan with any of its stages, as `str(plan)` prints it."""
     stages = []
-    if draw(st.booleans()):
+    first = draw(st.sampled_from(["", "keep", "read"]))
+    if first == "keep":
         name = draw(st.sampled_from(sorted(methods("keep"))))
         stages.append(draw(_call(name, methods("keep")[name])))
+    elif first == "read":  # their budgets are tokens
+        name = draw(st.sampled_from(sorted(methods("read"))))
+        stages.append(f"{name}({draw(st.sampled_from(['25%', '1024']))}, sink={draw(ODD)})")
     if not stages or draw(st.booleans()):
         if draw(st.booleans()):
             stages.append(draw(_call("protect", Protect)))
@@ -67,10 +71,19 @@ def plans(draw: st.DrawFn) -> str:
             stages.append(draw(_call("hybrid", Hybrid)))
         name = draw(st.sampled_from(sorted(methods("store"))))
         stages.append(draw(_call(name, methods("store")[name])))
-    text = " | ".join(stages)
     # Bytes count for all layers alike: what treats layers differently is refused beside them, as other tests hold.
+    text = " | ".join(stages)
     assume(not ("iB" in text and ("l2norm" in text or "hybrid" in text)))
-    return text
+    if not first and draw(st.booleans()):
+        stages.append(draw(st.sampled_from(["minicache", "minicache(start=0%, keep=10%)", "minicache(25%, 5%, weight=50%)"])))
+        return " | ".join(stages)
+    if draw(st.booleans()):
+        assume("kvzip" not in text)
+        stages.append(draw(st.sampled_from(["share", "share(start=25%, every=3)"])))
+    if draw(st.booleans()):
+        room = st.one_of(st.just(""), BUDGETS.map(lambda text: f"={text}"))
+        stages.append(f"tier(device={draw(BUDGETS)}, host{draw(room)}{draw(st.sampled_from(['', ', disk', ', disk=1GiB']))})")
+    return " | ".join(stages)
 
 
 @given(plans())
@@ -97,6 +110,8 @@ def test_every_layer_of_a_plan_has_a_codec(text: str) -> None:
         edge = plan.hybrid is not None and min(index, 4 - index) < plan.hybrid.edge
         assert layer.store == (plan.hybrid.edge_store if edge and plan.hybrid else plan.store)
         assert layer.keep == (plan.keep if plan.keep and index >= plan.keep.skip else None)
+        assert layer.tier == plan.tier
+        assert layer.read == (plan.read if plan.read and index >= plan.read.skip else None)
         if plan.protect:
             assert layer.window == plan.protect.window
             assert layer.sink >= plan.protect.sink
@@ -190,6 +205,14 @@ def test_what_is_no_budget_and_no_share(text: str) -> None:
         ("int4(sink=4", ["',' or ')' is missing"]),
         ("h2o(recent=4, 25%)", ["needs a name"]),
         ("h2o(a(b)=4)", ["can't be the name"]),
+        ("h2o(25%) | quest(25%) | int4", ["choose one of them", "h2o", "quest"]),
+        ("quest(64MiB) | int4", ["how much is read", "25%"]),
+        ("quest(25%, queries=0)", ["never reads a part"]),
+        ("infllm(25%, representatives=65)", ["1 to 64"]),
+        ("tier(device=64, host) | int4", ["too late"]),
+        ("int4 | tier(device=64)", ["nothing below the device"]),
+        ("int4 | tier(host)", ["'device' is missing"]),
+        ("int4 | tier(device=64, host, host=9)", ["given twice"]),
         ("int4; drop table", ["can't read"]),
         ("", ["empty plan", "'full'"]),
         ("   ", ["empty plan"]),
@@ -204,7 +227,7 @@ def test_what_is_wrong_is_named(text: str, words: list[str]) -> None:
 
 
 def test_every_misspelt_method_is_led_back() -> None:
-    for name in [*methods("keep"), *methods("store"), "protect", "hybrid"]:
+    for name in [*(name for stage in STAGES for name in methods(stage)), "protect", "hybrid"]:
         with pytest.raises(PlanError, match="did you mean"):
             Plan.parse(f"{name}x(1)")
 
@@ -219,12 +242,26 @@ def test_every_strategy_of_the_catalog_reads_and_prints() -> None:
         assert str(Plan.parse(strategy.plan)) == strategy.plan
         assert all(resolve(name) == resolve(strategy.plan) for name in (strategy.name, *strategy.also))
         assert strategy.summary
-    for name in methods("keep"):
-        assert any(s.plan.startswith(f"{name}(") for s in STRATEGIES.values()), f"no strategy shows {name}"
+    for stage in set(STAGES) - {"store"}:
+        for name in methods(stage):
+            assert any(s.plan.startswith(f"{name}(") or f"| {name}(" in s.plan for s in STRATEGIES.values()), name
 
 
 def test_what_strategies_change() -> None:
-    changes = {name: STRATEGIES[name].changes for name in ("full", "window", "int4", "h2o_int4", "hybrid", "selective_int8")}
+    changes = {
+        name: STRATEGIES[name].changes
+        for name in (
+            "full",
+            "window",
+            "int4",
+            "h2o_int4",
+            "hybrid",
+            "selective_int8",
+            "quest_int4",
+            "minicache_int8",
+            "retrieval",
+        )
+    }
     assert changes == {
         "full": "nothing",
         "window": "which tokens stay",
@@ -232,6 +269,9 @@ def test_what_strategies_change() -> None:
         "h2o_int4": "both",
         "hybrid": "how tokens are held",
         "selective_int8": "how tokens are held",
+        "quest_int4": "what is read",
+        "minicache_int8": "which layers hold tokens",
+        "retrieval": "where tokens are",
     }
 
 

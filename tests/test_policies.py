@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from oracle import chunked, left_pad, sharp_model, tokens
 
 import kvfold
-from kvfold.candidates import Candidates
-from kvfold.eviction import empty_chunk
+from kvfold.candidates import Candidates, empty_chunk
 from kvfold.keep.base import KeepContext, Moment
 from kvfold.keep.sieve import Sieve
 from kvfold.layer_cache import LayerCache
@@ -287,7 +286,9 @@ def test_sieve_walks_as_the_one_by_one_algorithm() -> None:
         hand = torch.randint(0, 21, (1,), generator=generator).int()
         free = torch.rand(1, num_tokens, generator=generator) < 0.9
         num_victims = min(num_victims, int(free.sum()))
-        ctx = KeepContext(slots, tokens_of_layer, Moment(20, [20], [1]), [0], [num_tokens], 1, 0, 0, {"hand": hand.clone()})
+        ctx = KeepContext(
+            slots, tokens_of_layer, Moment(20, [20], [1]), [0], [num_tokens], [0], 1, 0, 0, {"hand": hand.clone()}
+        )
         rank = keep.rank(bits, ctx).masked_fill(~free, torch.inf)
         victims = rank[0].argsort(stable=True)[:num_victims]
         stays = torch.ones(1, num_tokens, dtype=torch.bool)
@@ -348,11 +349,11 @@ def test_one_token_in_place_is_what_the_general_path_does(plan: str, monkeypatch
         return logits, [layer.kept_slots() for layer in _layers(cache)]
 
     in_place = [0]
-    overwrite = LayerCache._overwrite
-    monkeypatch.setattr(LayerCache, "_overwrite", lambda *a: (in_place.__setitem__(0, in_place[0] + 1), overwrite(*a))[1])
+    replace = Candidates.replace
+    monkeypatch.setattr(Candidates, "replace", lambda *a: (in_place.__setitem__(0, in_place[0] + 1), replace(*a))[1])
     fast = run()
     assert in_place[0] >= 40, "the fast path was not taken"
-    monkeypatch.setattr(LayerCache, "_in_place", lambda *_: False)
+    monkeypatch.setattr(Candidates, "one_can_replace_one", False)
     slow = run()
     assert fast[1] == slow[1]
     torch.testing.assert_close(fast[0], slow[0], atol=1e-4, rtol=1e-4)

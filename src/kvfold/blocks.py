@@ -1,18 +1,14 @@
 """Encoded tokens of one layer, in blocks of a pool: writing them, thinning them out, and keeping them close together."""
 
-from collections.abc import Iterator
-
 import torch
 
-from kvfold.attention.dispatch import Located
-from kvfold.attention.reference import Tile
-from kvfold.kernels import cpu
-from kvfold.pool import BlockPool
-from kvfold.segment import TILE_TOKENS, Run, Segment
-from kvfold.store.base import KVCodec
+from kvfold.attention import dispatch
+from kvfold.block_reader import BlockReader
+from kvfold.segment import Run
+from kvfold.store.base import Fields
 
 
-class Blocks(Segment):
+class Blocks(BlockReader):
     """Encoded tokens in blocks of a pool; each row owns a list of blocks.
 
     Two ways to know the slots: rows that lose no token are contiguous, and a start and a length say it all; rows that
@@ -22,106 +18,9 @@ class Blocks(Segment):
     A codec whose unit is the token moves tokens between blocks without loss. One whose unit is the block (K per
     channel) encodes whole blocks; when enough holes have come together, the emptiest blocks are decoded, merged and
     encoded again.
+
+    With `summarize` every block is written as a whole, together with what a read stage wants to know of it.
     """
-
-    def __init__(self, codec: KVCodec, num_rows: int, device: torch.device, *, contiguous: bool, scored: bool):
-        self.codec = codec
-        self.pool = BlockPool(num_rows, codec.block, device, slots=not contiguous, scored=scored)
-        self.starts: list[int] | None = [0] * num_rows if contiguous else None
-        self.lengths = [0] * num_rows  # tokens of each row
-        self._readable = cpu.supports(codec)
-        self._described: tuple[tuple[int, ...], cpu.Descriptor] | None = None
-
-    # -- what is there ---------------------------------------------------------------------------------------------------
-
-    @property
-    def contiguous(self) -> bool:
-        return self.starts is not None
-
-    @property
-    def width(self) -> int:
-        """Places a row, tokens or not: columns of the table times the block."""
-        return self.pool.table.shape[1] * self.pool.block
-
-    def slots(self) -> torch.Tensor:
-        """`[R, width] int32`: the slot of every place, -1 where there is no token."""
-        pool = self.pool
-        if self.starts is None:
-            slots = self._by_row(pool.slots)
-            return slots if pool.full else slots.masked_fill(~self._present(), -1)
-        place = torch.arange(self.width, dtype=torch.int32, device=pool.device)
-        starts = torch.tensor(self.starts, dtype=torch.int32, device=pool.device)[:, None]
-        lengths = torch.tensor(self.lengths, device=pool.device)[:, None]
-        return torch.where(place < lengths, starts + place, -1)
-
-    def score(self) -> torch.Tensor:
-        """`[R, width] float32`: the keep policy's number for every place."""
-        return self._by_row(self.pool.score)
-
-    def set_score(self, score: torch.Tensor) -> None:
-        self.pool.own()
-        self._write_by_row(self.pool.score, score)
-
-    def _by_row(self, x: torch.Tensor) -> torch.Tensor:
-        """Numbers of a pool, `[P, T]`, as rows have them: `[R, width]`."""
-        table = self.pool.table
-        return x.index_select(0, table.clamp_min(0).flatten()).view(len(table), -1)
-
-    def _write_by_row(self, x: torch.Tensor, values: torch.Tensor) -> None:
-        """`values [R, width]` to a pool's numbers, `[P, T]`; the pool must own its blocks."""
-        ids, by_block = self.pool.table.flatten(), values.reshape(-1, self.pool.block)
-        if not self.pool.full:
-            ids, by_block = ids[ids >= 0], by_block[ids >= 0]
-        x.index_copy_(0, ids, by_block)
-
-    def _present(self) -> torch.Tensor:
-        """`[R, width] bool`: places that belong to a block of the row."""
-        return (self.pool.table >= 0).repeat_interleave(self.pool.block, 1)
-
-    def block_bytes(self, head_dim: int) -> int:
-        """Bytes of one block: its fields, its slots and scores, and its place in the table."""
-        probe = torch.zeros(1, 1, self.codec.block, head_dim, device=self.pool.device)
-        fields = sum(x.nbytes for x in self.codec.encode(probe, probe).values())
-        return fields + self.codec.block * (4 + 4 * self.pool.scored) + self.pool.table.itemsize
-
-    def counts(self) -> torch.Tensor:
-        """`[R] long`: tokens of each row."""
-        return torch.tensor(self.lengths, device=self.pool.device)
-
-    def num_tokens(self) -> list[int]:
-        """The same, as numbers."""
-        return self.lengths
-
-    def tiles(self) -> Iterator[Tile]:
-        pool = self.pool
-        slots = self.slots().long()
-        columns = max(1, TILE_TOKENS // pool.block)
-        for start in range(0, pool.table.shape[1], columns):
-            fields = pool.gather(pool.table[:, start : start + columns].clamp_min(0))
-            end = (start + columns) * pool.block
-            whole = self.contiguous and min(self.lengths) >= min(end, self.width)
-            yield Tile(fields, slots[:, start * pool.block : end], whole=whole)
-
-    def locate(self, head_dim: int) -> Located | None:
-        pool = self.pool
-        if not self._readable or not pool.fields:
-            return None
-        mark = pool.mark()
-        if self._described is None or self._described[0] != mark:
-            slots = pool.slots if pool.has_slots else None
-            self._described = mark, cpu.describe_blocks(self.codec, pool.fields, pool.table, slots, head_dim)
-        if self.starts is None:
-            return Located(self._described[1])
-        return Located(self._described[1], self.starts, self.lengths)
-
-    def dense(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All tokens decoded, `[R, width, D] float32` twice, and their slots: for tests, never for attention."""
-        k, v = self.codec.decode({name: x[self.pool.table.clamp_min(0)] for name, x in self.pool.fields.items()})
-        return k.flatten(1, 2), v.flatten(1, 2), self.slots().long()
-
-    def vectors(self, row: int, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        block = self.pool.block
-        return self._decode_places(self.pool.table[row, places // block] * block + places % block)
 
     # -- what changes ----------------------------------------------------------------------------------------------------
 
@@ -131,10 +30,14 @@ class Blocks(Segment):
             return
         if self.contiguous and not self._continues(run):
             self._keep_slots()
-        if self.codec.unit == "token":
+        if self.unit == "token":
             self._write_tokens(run)
         else:
             self._write_blocks(run)
+
+    def set_score(self, score: torch.Tensor) -> None:
+        self.pool.own()
+        self._write_by_row(self.pool.score, score)
 
     def drop(self, gone: torch.Tensor) -> None:
         """Removes the tokens that `gone [R, width] bool` marks; whole blocks are given back at once."""
@@ -156,7 +59,7 @@ class Blocks(Segment):
         pool.own()
         table = pool.table if rows is None else pool.table[rows]
         addresses = table.gather(1, (place // pool.block)[:, None])[:, 0] * pool.block + place % pool.block
-        encoded = self.codec.encode(run.k, run.v)
+        encoded = dispatch.encode(self.codec, run.k, run.v)
         pool.write_tokens(addresses, {name: x[:, 0] for name, x in encoded.items()})
         pool.slots.view(-1).index_copy_(0, addresses, run.slots[:, 0])
         if run.score is not None:
@@ -180,7 +83,7 @@ class Blocks(Segment):
         assert self.starts is not None
         kept = [max(0, min(n, end - start)) for start, n in zip(self.starts, self.lengths, strict=True)]
         rest = None
-        if self.codec.unit == "block":
+        if self.unit == "block":
             whole = [n // self.pool.block * self.pool.block for n in kept]
             if whole != kept:
                 rest = self._cut_blocks(whole, kept)
@@ -223,7 +126,7 @@ class Blocks(Segment):
         start = torch.tensor(whole, device=pool.device)[:, None]
         count = torch.tensor(kept, device=pool.device)[:, None] - start
         ids = pool.table.gather(1, (start // pool.block).clamp_max(pool.table.shape[1] - 1))[:, 0].clamp_min(0)
-        k, v = self.codec.decode({name: x[ids] for name, x in pool.fields.items()})
+        k, v = self.codec.decode(pool.read(ids))
         offset = torch.arange(pool.block, device=pool.device)
         slots = torch.tensor(self.starts, device=pool.device)[:, None] + start + offset
         present = offset < count
@@ -239,7 +142,7 @@ class Blocks(Segment):
         pool = self.pool
         counts = run.counts()
         place = self._next_places(counts, run.width) if self.contiguous else self._free_places(counts, run.width)
-        encoded = self.codec.encode(run.k, run.v)
+        encoded = dispatch.encode(self.codec, run.k, run.v)
         slots, score = run.slots, run.score
         if bool((counts == run.width).all()):
             addresses = pool.places(place).flatten()
@@ -251,10 +154,21 @@ class Blocks(Segment):
             written = {name: x[valid] for name, x in encoded.items()}
             slots, score = slots[valid], None if score is None else score[valid]
         pool.write_tokens(addresses, written)
-        if pool.has_slots:
-            pool.slots.view(-1)[addresses] = slots
-        if pool.scored and score is not None:
-            pool.score.view(-1)[addresses] = score
+        self._note(addresses, slots, score)
+
+    def _write_by_row(self, x: torch.Tensor, values: torch.Tensor) -> None:
+        """`values [R, width]` to a pool's numbers, `[P, T]`; the pool must own its blocks."""
+        ids, by_block = self.pool.table.flatten(), values.reshape(-1, self.pool.block)
+        if not self.pool.full:
+            ids, by_block = ids[ids >= 0], by_block[ids >= 0]
+        x.index_copy_(0, ids, by_block)
+
+    def _note(self, addresses: torch.Tensor, slots: torch.Tensor, score: torch.Tensor | None) -> None:
+        """Writes the slots and scores of new tokens, where they are kept."""
+        if self.pool.has_slots:
+            self.pool.slots.view(-1)[addresses] = slots.int()
+        if self.pool.scored and score is not None:
+            self.pool.score.view(-1)[addresses] = score
 
     def _next_places(self, counts: torch.Tensor, width: int) -> torch.Tensor:
         """`[R, width]`: the places after the last token of each row, for `counts [R]` new ones."""
@@ -296,13 +210,22 @@ class Blocks(Segment):
         if self.contiguous:
             whole = [n // pool.block for n in self.lengths]
             if uniform:
-                pool.append_blocks(whole, self._encode_blocks(run.k, run.v))
+                pool.append_blocks(whole, self._encode_blocks(run.k, run.v, run.score))
             else:
                 for r, count in enumerate(counts):
                     if count:
                         row = run.rows(torch.tensor([r], device=pool.device))
-                        encoded = self._encode_blocks(row.k[:, :count], row.v[:, :count])
+                        score = None if row.score is None else row.score[:, :count]
+                        encoded = self._encode_blocks(row.k[:, :count], row.v[:, :count], score)
                         pool.append_row_blocks(r, encoded)
+            self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
+            return
+        has_holes = sum(self.lengths) < sum(pool.num_blocks()) * pool.block
+        if uniform and counts[0] % pool.block == 0 and not has_holes:
+            before = torch.tensor(pool.num_blocks(), device=pool.device)[:, None] * pool.block
+            pool.append_blocks(pool.num_blocks(), self._encode_blocks(run.k, run.v, run.score))
+            addresses = pool.places(before + torch.arange(run.width, device=pool.device)).flatten()
+            self._note(addresses, run.slots.flatten(), None if run.score is None else run.score.flatten())
             self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
             return
         for r, count in enumerate(counts):
@@ -311,14 +234,19 @@ class Blocks(Segment):
                 self._merge(r, row.where(row.slots >= 0))
                 self.lengths[r] += count
 
-    def _encode_blocks(self, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _encode_blocks(self, k: torch.Tensor, v: torch.Tensor, score: torch.Tensor | None = None) -> Fields:
         """`[R, n, D]` to fields `[R, ceil(n / T), ...]`; a last block that is not full repeats its last token."""
         block = self.pool.block
         rows, num_tokens, head_dim = k.shape
         if short := -num_tokens % block:
             k = torch.cat([k, k[:, -1:].expand(-1, short, -1)], 1)
             v = torch.cat([v, v[:, -1:].expand(-1, short, -1)], 1)
-        return self.codec.encode(k.reshape(rows, -1, block, head_dim), v.reshape(rows, -1, block, head_dim))
+            score = None if score is None else torch.cat([score, score[:, -1:].expand(-1, short)], 1)
+        k = k.reshape(rows, -1, block, head_dim)
+        fields = dispatch.encode(self.codec, k, v.reshape(rows, -1, block, head_dim))
+        if self.summarize:
+            fields |= self.summarize(k, None if score is None else score.reshape(rows, -1, block))
+        return fields
 
     def _merge(self, row: int, fresh: Run | None) -> None:
         """Brings a row's tokens and `fresh` ones into as few blocks as can be, by rewriting only the emptiest blocks."""
@@ -345,9 +273,9 @@ class Blocks(Segment):
         if not len(places) and fresh is None:
             pool.replace_row_blocks(row, freed, 0)
             return
-        if self.codec.unit == "token":
+        if self.unit == "token":
             assert fresh is None
-            moved = {name: x.flatten(0, 1)[places] for name, x in pool.fields.items()}
+            moved = pool.read_tokens(places)
             pool.replace_row_blocks(row, freed, -(-len(places) // pool.block))
             target = pool.tail_places(row, len(places))
             pool.write_tokens(target, moved)
@@ -362,17 +290,9 @@ class Blocks(Segment):
             order = slots.argsort()
             slots = slots[order]
             score = None if score is None else score[order]
-            encoded = self._encode_blocks(k[None, order], v[None, order])
+            of_row = None if score is None else score[None]
+            encoded = self._encode_blocks(k[None, order], v[None, order], of_row)
             pool.replace_row_blocks(row, freed, 0)
             pool.append_row_blocks(row, encoded)
             target = pool.tail_places(row, len(slots))
-        pool.slots.view(-1)[target] = slots.int()
-        if score is not None:
-            pool.score.view(-1)[target] = score
-
-    def _decode_places(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Single tokens, dense: `[n, D]` twice."""
-        ids, inverse = (places // self.pool.block).unique(return_inverse=True)
-        k, v = self.codec.decode({name: x[ids] for name, x in self.pool.fields.items()})
-        offset = places % self.pool.block
-        return k[inverse, offset], v[inverse, offset]
+        self._note(target, slots, score)

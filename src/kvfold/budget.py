@@ -70,6 +70,34 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Percent:
+    """A share of anything but tokens, from 0 to 1: written `50%`."""
+
+    value: float
+
+    @staticmethod
+    def parse(text: str) -> "Percent":
+        if (match := PERCENT.fullmatch(text)) and float(match[1]) <= 100:
+            return Percent(float(match[1]) / 100)
+        raise PlanError(f"'{text}' is not a share from 0% to 100%")
+
+    def __str__(self) -> str:
+        return f"{self.value * 100:g}%"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a place below the device may hold: nothing, a budget, or all that is left (its bare name in a plan)."""
+
+    used: bool = False
+    limit: Budget | None = None
+
+    @staticmethod
+    def parse(text: str) -> "Room":
+        return Room(True, Budget.parse(text))
+
+
+@dataclass(frozen=True)
 class Cost:
     """What tokens take, to turn bytes into tokens.
 

@@ -39,6 +39,36 @@ class Candidates:
         body, recent, chunk = self.body.num_tokens(), self.recent.num_tokens(), self.chunk.num_tokens()
         return [a + b + c for a, b, c in zip(body, recent, chunk, strict=True)]
 
+    # -- what goes -------------------------------------------------------------------------------------------------------
+
+    @property
+    def one_can_replace_one(self) -> bool:
+        """Whether the chunk is one token a row that can take the place of an encoded one."""
+        body, chunk = self.body, self.chunk
+        return body.unit == "token" and body.width > 0 and self.recent.width == 0 and chunk.width == 1 and chunk.whole
+
+    def replace(self, victim: torch.Tensor) -> Run:
+        """The new token of each row takes the place of `victim [R] long`; where it is itself the victim, it is gone.
+
+        Returns what is left of the chunk: nothing.
+        """
+        stays = victim < self.body.width
+        if bool(stays.all()):
+            self.body.replace(victim, self.chunk)
+        else:
+            rows = stays.nonzero()[:, 0]
+            self.body.replace(victim[rows], self.chunk.rows(rows), rows)
+        return empty_chunk(self.chunk)
+
+    def keep_only(self, stays: torch.Tensor | None) -> tuple[Run, Run]:
+        """Lets go of all that does not stay, `stays [R, N] bool` (None: all does); what is left of recent and chunk."""
+        if stays is None:
+            return self.recent, self.chunk
+        of_body, of_recent, of_chunk = stays.split(self.widths, 1)
+        if self.body.width and bool((~of_body & (self.slots[:, : self.body.width] >= 0)).any()):
+            self.body.drop(~of_body)
+        return self.recent.where(of_recent), self.chunk.where(of_chunk)
+
     # -- the policy's numbers --------------------------------------------------------------------------------------------
 
     def score(self) -> torch.Tensor:
@@ -110,6 +140,11 @@ class Candidates:
                 k[inside], v[inside] = part.vectors(row, places[inside] - start)
             start += part.width
         return k, v
+
+
+def empty_chunk(like: Run) -> Run:
+    """A chunk without tokens, for a choice among what is held."""
+    return Run.empty(len(like.slots), like.k.shape[-1], like.k.dtype, like.k.device, like.score is not None)
 
 
 def _join(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:

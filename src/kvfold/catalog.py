@@ -5,9 +5,17 @@ from typing import Literal
 
 from kvfold.errors import PlanError
 from kvfold.plan import Plan
-from kvfold.registry import methods, nearest
+from kvfold.registry import STAGES, methods, nearest
 
-Changes = Literal["nothing", "which tokens stay", "how tokens are held", "both"]
+Changes = Literal[
+    "nothing",
+    "which tokens stay",
+    "how tokens are held",
+    "both",
+    "what is read",
+    "which layers hold tokens",
+    "where tokens are",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,12 @@ class Strategy:
     @property
     def changes(self) -> Changes:
         plan = Plan.parse(self.plan)
+        if plan.tier:
+            return "where tokens are"
+        if plan.share:
+            return "which layers hold tokens"
+        if plan.read:
+            return "what is read"
         if plan.keep:
             return "both" if plan.store.name != "dense" else "which tokens stay"
         return "how tokens are held" if plan.store.name != "dense" else "nothing"
@@ -50,6 +64,11 @@ _SCISSORHANDS = "Scissorhands, arxiv.org/abs/2305.17118"
 _EXPECTED = "Expected Attention, arxiv.org/abs/2510.00636"
 _KVZIP = "KVzip, arxiv.org/abs/2505.23416"
 _SIEVE = "SIEVE (NSDI 2024), usenix.org/conference/nsdi24/presentation/zhang-yazhuo"
+_QUEST = "Quest, arxiv.org/abs/2406.10774"
+_INFLLM = "InfLLM, arxiv.org/abs/2402.04617"
+_MINICACHE = "MiniCache, arxiv.org/abs/2405.14366"
+_CLA = "Cross-Layer Attention, arxiv.org/abs/2405.12981"
+_FLEXGEN = "FlexGen, arxiv.org/abs/2303.06865"
 _QUAROT = "QuaRot, arxiv.org/abs/2404.00456"
 
 _ALL = (
@@ -122,6 +141,36 @@ _ALL = (
         also=("l2_norm",),
     ),
     Strategy("random", "random(25%)", "tokens at random beside pinned ones: what eviction must beat"),
+    Strategy("quest", "quest(25%)", "all tokens; a step reads the quarter that bounds of keys point to", _QUEST, demo=False),
+    Strategy("quest_int4", "quest(25%) | int4", "the same, in int4", _QUEST, demo=False),
+    Strategy(
+        "infllm", "infllm(25%)", "all tokens; a step reads the quarter that representatives point to", _INFLLM, demo=False
+    ),
+    Strategy(
+        "minicache", "minicache(start=50%)", "upper layers in pairs: one direction, two magnitudes", _MINICACHE, demo=False
+    ),
+    Strategy(
+        "minicache_int8",
+        "protect(sink=16, window=32) | int8 | minicache(start=50%)",
+        "the same, directions in int8",
+        _MINICACHE,
+        demo=False,
+    ),
+    Strategy("layer_sharing", "share(start=50%)", "every second upper layer uses its neighbour's tokens", _CLA, demo=False),
+    Strategy(
+        "hierarchical",
+        "int4 | tier(device=25%, host=25%, disk)",
+        "int4; a quarter on the device, a quarter in host memory, the rest on disk",
+        _FLEXGEN,
+        demo=False,
+    ),
+    Strategy(
+        "retrieval",
+        "quest(25%) | int4 | tier(device=25%, host)",
+        "int4; a quarter on the device, and what a step needs comes from the host",
+        f"{_QUEST}; {_FLEXGEN}",
+        demo=False,
+    ),
 )
 
 STRATEGIES: dict[str, Strategy] = {s.name: s for s in _ALL}
@@ -133,7 +182,7 @@ def resolve(text: str) -> Plan:
     name = text.strip()
     if name in _BY_ANY_NAME:
         return Plan.parse(_BY_ANY_NAME[name].plan)
-    known = {*_BY_ANY_NAME, *methods("keep"), *methods("store")}
+    known = {*_BY_ANY_NAME, *(name for stage in STAGES for name in methods(stage))}
     if name.replace("_", "").isalnum() and name not in known:
         raise PlanError(f"unknown strategy or plan '{name}'{nearest(name, known)} ('kvfold strategies' lists all)")
     return Plan.parse(name)

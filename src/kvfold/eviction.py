@@ -6,12 +6,9 @@ from kvfold.attention.reference import Query
 from kvfold.budget import UNIFORM, Cost, split_over_heads, split_over_layers
 from kvfold.candidates import Candidates
 from kvfold.errors import PlanError
-from kvfold.keep.base import Keep, KeepContext, Moment, State
+from kvfold.keep.base import Keep, KeepContext, Moment, Pins, State
 from kvfold.rope import Rope
-from kvfold.segment import Run
-
-Pins = tuple[tuple[int, int], ...]
-"""Spans of positions, first and one after the last, in order and apart: tokens of the sequence that never go."""
+from kvfold.site import Site
 
 _NO_SLOT = torch.iinfo(torch.int32).max
 _RECENT = torch.finfo(torch.float32).max  # above every rank that a policy gives, below what the user has pinned
@@ -22,16 +19,22 @@ class Eviction:
 
     Attributes:
         state: the policy's tensors (`Keep.initial_state`), row by row.
+        cost: what tokens take; the layer says it where the budget is one of bytes.
     """
 
-    def __init__(self, keep: Keep, layer: int, num_heads: int, num_sinks: int, rope: Rope | None, pins: Pins):
-        self.keep, self.layer, self.num_heads, self.num_sinks = keep, layer, num_heads, num_sinks
-        self.rope, self.pins = rope, pins
+    def __init__(self, keep: Keep, site: Site, num_sinks: int, pins: Pins, rope: Rope | None):
+        self.keep, self.site, self.num_sinks, self.pins, self.rope = keep, site, num_sinks, pins, rope
+        self.num_heads = site.num_kv_heads
         self.state: State = {}
+        self.cost: Cost | None = None
 
-    def initialize(self, num_rows: int, num_groups: int, head_dim: int, device: torch.device) -> None:
-        made = self.keep.initial_state(num_rows, num_groups, head_dim)
+    def initialize(self, num_rows: int, device: torch.device) -> None:
+        """Makes the state."""
+        made = self.keep.initial_state(num_rows, self.site.num_query_heads // self.num_heads, self.site.head_dim)
         self.state = {name: x.to(device) for name, x in made.items()}
+
+    def reset(self) -> None:
+        self.state, self.cost = {}, None
 
     def select_rows(self, rows: torch.Tensor) -> None:
         self.state = {name: x[rows] for name, x in self.state.items()}
@@ -40,23 +43,29 @@ class Eviction:
         """Pinned tokens among the first `num_real` of a sequence, sinks left out."""
         return sum(max(0, min(end, num_real) - max(start, self.num_sinks)) for start, end in self.pins)
 
-    def allowed_after(self, num_real: int, num_layers: int, cost: Cost | None) -> int:
-        """Tokens that a row may hold after so many of its sequence, sinks included; one beside what is pinned at least.
+    # -- how many may stay -----------------------------------------------------------------------------------------------
 
-        `cost`: what tokens take, for a budget of bytes.
-        """
+    def allowed(self, num_real: torch.Tensor) -> torch.Tensor:
+        """`allowed_after` for each of many, in the same shape."""
+        numbers = num_real.flatten().tolist()
+        known = {n: self.allowed_after(n) for n in set(numbers)}
+        return torch.tensor([known[n] for n in numbers], device=num_real.device).view_as(num_real)
+
+    def allowed_after(self, num_real: int) -> int:
+        """Tokens that a row may hold after so many of its sequence, sinks included; one beside what is pinned at least."""
         keep, sink = self.keep, self.num_sinks
         budget, split = keep.budget, keep.layers
         pinned = self.num_pinned(num_real)
+        cost, num_layers, layer = self.cost, self.site.num_layers, self.site.layer
         if cost is None:
             allowed = budget.tokens(num_real)
             if split != UNIFORM:
                 least = sink + (0 if keep.recent.is_share else int(keep.recent.value))
-                allowed = split_over_layers(allowed, least, num_real, split, num_layers)[self.layer]
+                allowed = split_over_layers(allowed, least, num_real, split, num_layers)[layer]
         else:
             blocks = cost.blocks(budget)
             if split != UNIFORM:
-                blocks = split_over_layers(blocks, 1, blocks * num_layers, split, num_layers)[self.layer]
+                blocks = split_over_layers(blocks, 1, blocks * num_layers, split, num_layers)[layer]
             allowed = budget.tokens(num_real, sink + blocks * cost.block)
             if pinned and sink + pinned >= allowed:
                 raise PlanError(
@@ -64,16 +73,21 @@ class Eviction:
                 )
         return max(sink + pinned + 1, allowed)
 
-    def context(self, held: Candidates, moment: Moment, allowed: list[int]) -> KeepContext:
-        """What the policy sees. `allowed[r]`: tokens that row r may have, sinks left out."""
+    # -- what the policy sees --------------------------------------------------------------------------------------------
+
+    def context(self, held: Candidates, moment: Moment, sinks: list[int]) -> KeepContext:
+        """`sinks`: how many each row has."""
+        known = {n: self.allowed_after(n) for n in set(moment.num_real)}
+        of_rows = [known[n] for n in moment.num_real for _ in range(self.num_heads)]
         return KeepContext(
             slots=held.slots,
             tokens=held,
             moment=moment,
-            allowed=allowed,
+            allowed=[n - first for n, first in zip(of_rows, sinks, strict=True)],
             counts=held.counts(),
+            sinks=sinks,
             num_heads=self.num_heads,
-            layer=self.layer,
+            layer=self.site.layer,
             num_sinks=self.num_sinks,
             state=self.state,
             rope=self.rope,
@@ -81,13 +95,8 @@ class Eviction:
 
     # -- watching --------------------------------------------------------------------------------------------------------
 
-    def observe(self, held: Candidates, query: Query, lse: torch.Tensor, ctx: KeepContext, sinks: list[int]) -> None:
-        """Brings the scores up to date with a chunk's queries.
-
-        Args:
-            lse: `[R, M]` over all that the layer holds, +inf for padding.
-            sinks: of each row.
-        """
+    def observe(self, held: Candidates, query: Query, lse: torch.Tensor, ctx: KeepContext) -> None:
+        """Brings the scores up to date with a chunk's queries; `lse [R, M]` is over all that is held, +inf for padding."""
         keep = self.keep
         num_queries = len(query.slots)
         if type(keep).learn is not Keep.learn:
@@ -96,7 +105,7 @@ class Eviction:
             keep.learn(q, self._query_positions(query.slots, ctx.moment), ctx)
         observed = min(keep.observed(num_queries), num_queries)
         if observed and held.parts:
-            seen = self._tokens_seen(held, query.slots, ctx, sinks)[:, -observed:] if keep.measure == "hits" else None
+            seen = self._tokens_seen(held, query.slots, ctx)[:, -observed:] if keep.measure == "hits" else None
             if observed < num_queries:
                 query = query.last(observed)
                 lse = lse.view(lse.shape[0], query.num_groups, -1)[:, :, -observed:].flatten(1)
@@ -115,9 +124,9 @@ class Eviction:
             positions = positions.masked_fill(~moment.padding[:, slots].bool(), -1)
         return positions.repeat_interleave(self.num_heads, 0)
 
-    def _tokens_seen(self, held: Candidates, slots: torch.Tensor, ctx: KeepContext, sinks: list[int]) -> torch.Tensor:
+    def _tokens_seen(self, held: Candidates, slots: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
         """`[R, Q]`: the tokens that each query of the chunk sees, itself included."""
-        counts = zip(ctx.counts, sinks, held.chunk.num_tokens(), strict=True)
+        counts = zip(ctx.counts, ctx.sinks, held.chunk.num_tokens(), strict=True)
         before = torch.tensor([n + first - new for n, first, new in counts], device=slots.device)[:, None]
         if ctx.moment.padding is None:
             return before + torch.arange(1, len(slots) + 1, device=slots.device)
@@ -185,19 +194,3 @@ class Eviction:
         score = self.keep.settle(held.score(), stays, free, ctx)
         if score is not None:
             held.set_score(score)
-
-
-def empty_chunk(like: Run) -> Run:
-    """A chunk without tokens, for a choice among what is held."""
-    return Run.empty(len(like.slots), like.k.shape[-1], like.k.dtype, like.k.device, like.score is not None)
-
-
-def merge_spans(spans: list[tuple[int, int]]) -> Pins:
-    """Sorted, and joined where they meet."""
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(merged[-1][1], end)
-        else:
-            merged.append((start, end))
-    return tuple(merged)

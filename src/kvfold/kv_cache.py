@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
-from kvfold.eviction import Pins
+from kvfold.keep.base import Pins
 from kvfold.layer_cache import LayerCache
 from kvfold.plan import Plan
 
@@ -78,7 +78,10 @@ class KVCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the storages that are really held, each counted once: codes, scales, slots, tables, idle blocks."""
+        """The bytes of memory that are really held, each counted once: codes, scales, slots, tables, idle blocks, buffers.
+
+        Files are not in it: see `Memory.by_tier`.
+        """
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, _, t in self.tensors()}
         return sum(storages.values())
 
@@ -95,10 +98,12 @@ class KVCache(Cache):
 
 @dataclass(frozen=True)
 class Memory:
-    """Where the bytes are. `rows` maps (layer, component) to bytes; components are `segment.purpose`."""
+    """Where the bytes are. `rows` maps (layer, component) to bytes in memory; components are `segment.purpose`; `disk` is
+    what lies in files."""
 
     rows: dict[tuple[int, str], int]
     num_seen: int
+    disk: int = 0
 
     @staticmethod
     def of(cache: KVCache) -> "Memory":
@@ -109,7 +114,8 @@ class Memory:
             if storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
                 rows[layer, name] = storage.nbytes()
-        return Memory(rows, cache.get_seq_length())
+        layers = [layer for layer in cache.layers if isinstance(layer, LayerCache) and layer.is_initialized]
+        return Memory(rows, cache.get_seq_length(), sum(layer.body.pool.disk_bytes for layer in layers))
 
     @property
     def total(self) -> int:
@@ -122,6 +128,14 @@ class Memory:
             sums[name] = sums.get(name, 0) + size
         return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
+    def by_tier(self) -> dict[str, int]:
+        """Bytes on the device (staging buffers included), in the host's memory below it, and in files.
+
+        Without a tier stage all are on the device.
+        """
+        host = sum(size for (_, name), size in self.rows.items() if name.startswith("body.host."))
+        return {"device": self.total - host, "host": host, "disk": self.disk}
+
     def by_layer(self) -> dict[int, int]:
         sums: dict[int, int] = {}
         for (layer, _), size in self.rows.items():
@@ -130,5 +144,8 @@ class Memory:
 
     def __str__(self) -> str:
         lines = [f"{self.total:>13,} bytes for {self.num_seen} tokens"]
+        tiers = self.by_tier()
+        if tiers["host"] or tiers["disk"]:
+            lines += [f"{size:>13,} on the {name}" for name, size in tiers.items()]
         lines += [f"{size:>13,}   {name}" for name, size in self.by_component().items() if size]
         return "\n".join(lines)

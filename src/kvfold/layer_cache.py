@@ -1,29 +1,30 @@
 """The cache of one layer: where the stages of a plan meet.
 
-    new K, V → sinks (dense) | keep policy → recent (dense) → codec → blocks
+    new K, V → sinks (dense) | keep policy → recent (dense) → codec → blocks → tier
 
 A layer first attends to what it holds and to the new tokens, and only then lets go of any: so a chunk loses nothing
 that its own queries were to see. Everything that the layer holds is in three segments, `sink`, `body` and `recent`.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvfold.attention import dispatch
-from kvfold.attention.reference import Partial, Query
+from kvfold.attention.reference import Partial, Query, merge
 from kvfold.blocks import Blocks
 from kvfold.budget import Cost
-from kvfold.candidates import Candidates
-from kvfold.eviction import Eviction, Pins, empty_chunk
+from kvfold.candidates import Candidates, empty_chunk
+from kvfold.eviction import Eviction
 from kvfold.handle import Handle, SeenLength
 from kvfold.keep.base import Moment
 from kvfold.plan import LayerPlan
+from kvfold.pool import BlockPool
 from kvfold.segment import Run, Segment, join
 from kvfold.site import Site
-from kvfold.store.base import part
+from kvfold.tier.pool import TieredPool
 
 
 class LayerCache(CacheLayerMixin):
@@ -35,14 +36,18 @@ class LayerCache(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
+    runs: ClassVar[tuple[str, ...]] = ("sink", "recent")
+    """The dense segments, by name."""
+    sink: Run
+    recent: Run
 
-    def __init__(self, site: Site, plan: LayerPlan, pins: Pins = ()):
+    def __init__(self, site: Site, plan: LayerPlan, pool: Callable[..., BlockPool] = BlockPool):
         super().__init__()
-        self.site, self.plan = site, plan
+        self.site, self.plan, self._new_pool = site, plan, pool
         self.codec = plan.store.codec(site)
         keep = plan.keep
         self.rope = site.model.rope() if keep and (keep.reindex or keep.needs_rope) and site.model else None
-        self.eviction = Eviction(keep, site.layer, site.num_kv_heads, plan.sink, self.rope, pins) if keep else None
+        self.eviction = Eviction(keep, site, plan.sink, plan.pins, self.rope) if keep else None
         self.looks_back = False  # while the model reads a chunk again, for a policy that reconstructs
         self.is_croppable = plan.keep is None
         self.num_seen = 0
@@ -55,16 +60,27 @@ class LayerCache(CacheLayerMixin):
         batch, heads, _, head_dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         rows = batch * heads
-        keep = self.plan.keep
-        scored = keep is not None and keep.scored
-        self.sink = Run.empty(rows, head_dim, self.dtype, self.device, scored=False)
-        self.recent = Run.empty(rows, head_dim, self.dtype, self.device, scored)
-        self.body = Blocks(self.codec, rows, self.device, contiguous=keep is None, scored=scored)
-        if self.eviction:
-            groups = self.site.num_query_heads // heads
-            self.eviction.initialize(rows, groups, head_dim, self.device)
+        for name in self.runs:
+            run = Run.empty(rows, head_dim, self.dtype, self.device, scored=name == "recent" and self.plan.scored)
+            setattr(self, name, run)
+        self.body = self._new_body(rows)
         self.num_real = [0] * batch
+        if self.eviction:
+            self.eviction.initialize(rows, self.device)
+            self.eviction.cost = self._cost()
         self.is_initialized = True
+
+    def _new_body(self, num_rows: int) -> Blocks:
+        keep, read = self.plan.keep, self.plan.read
+        return Blocks(
+            self.codec,
+            num_rows,
+            self.device,
+            contiguous=keep is None,
+            scored=keep is not None and keep.scored,
+            pool=self._new_pool,
+            summarize=read.summarize if read else None,
+        )
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Takes `[B, Hkv, Q, D]` of new keys and values; the attention function gets them as a handle, twice."""
@@ -93,10 +109,10 @@ class LayerCache(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets all tokens and gives their memory back."""
         self.num_seen, self.num_real, self.is_initialized = 0, [], False
-        for name in ("sink", "recent", "body"):
+        for name in (*self.runs, "body"):
             self.__dict__.pop(name, None)
         if self.eviction:
-            self.eviction.state = {}
+            self.eviction.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens; `tokens_to_remove` is negative, as in transformers.
@@ -111,10 +127,12 @@ class LayerCache(CacheLayerMixin):
         removed = self.num_seen - end
         self.num_seen = end
         self.num_real = [max(0, n - removed) for n in self.num_real]
-        self.sink = self.sink.where(self.sink.slots < end)
-        self.recent = self.recent.where(self.recent.slots < end)
+        for name in self.runs:
+            run: Run = getattr(self, name)
+            setattr(self, name, run.where(run.slots < end))
         if rest := self.body.crop(end):
-            self.recent = join(Run(rest.k.to(self.dtype), rest.v.to(self.dtype), rest.slots), self.recent)
+            score = torch.zeros_like(rest.slots, dtype=torch.float32) if self.plan.scored else None
+            self.recent = join(Run(rest.k.to(self.dtype), rest.v.to(self.dtype), rest.slots, score), self.recent)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -130,11 +148,13 @@ class LayerCache(CacheLayerMixin):
         indices = indices.to(self.device)
         heads = torch.arange(self.site.num_kv_heads, device=self.device)
         rows = (indices[:, None] * len(heads) + heads).flatten()
-        self.sink, self.recent = self.sink.rows(rows), self.recent.rows(rows)
+        for name in self.runs:
+            setattr(self, name, getattr(self, name).rows(rows))
         self.body.select_rows(rows)
+        self.num_real = [self.num_real[i] for i in indices.tolist()]
         if self.eviction:
             self.eviction.select_rows(rows)
-        self.num_real = [self.num_real[i] for i in indices.tolist()]
+            self.eviction.cost = self._cost()
 
     # -- attention -------------------------------------------------------------------------------------------------------
 
@@ -160,7 +180,9 @@ class LayerCache(CacheLayerMixin):
         slots = torch.arange(first, self.num_seen, device=q.device)
         real = None if padding is None else padding[:, first : self.num_seen]
         chunk = self._chunk(handle, slots, real)
-        ranks = self._ranks(num_queries, real, q.device) if self.plan.keep else None
+        new = [after - n for after, n in zip(self.num_real, before, strict=True)]
+        moment = Moment(self.num_seen, self.num_real, new, padding)
+        ranks = moment.ranks(num_queries, q.device) if self.plan.keep else None
         query = Query(
             q=(q.float() * scaling).reshape(rows, groups * num_queries, head_dim),
             slots=slots,
@@ -175,20 +197,16 @@ class LayerCache(CacheLayerMixin):
         if real is not None:  # padding asks nothing: no token gains by its queries
             asks = real.repeat_interleave(heads, 0).repeat(1, groups)
             lse = lse.masked_fill(~asks, torch.inf)
-        if self.plan.keep is None:
-            self._store(chunk)
-        elif self.looks_back:
-            self._look_back(query, lse, Moment(self.num_seen, self.num_real, [0] * batch, padding))
+        if self.looks_back:
+            self._look_back(query, lse, moment)
         else:
-            new = [after - n for after, n in zip(self.num_real, before, strict=True)]
-            self._settle(query, chunk, lse, Moment(self.num_seen, self.num_real, new, padding))
+            self._settle(query, chunk, lse, moment)
         out = result.out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
         return out.transpose(1, 2).to(q.dtype)
 
     def _chunk(self, handle: Handle, slots: torch.Tensor, real: torch.Tensor | None) -> Run:
         """The new tokens as a run, without padding."""
         batch, heads, num_new, head_dim = handle.k.shape
-        scored = self.plan.keep is not None and self.plan.keep.scored
         k = handle.k.reshape(batch * heads, num_new, head_dim)
         v = handle.v.reshape(batch * heads, num_new, head_dim)
         new_slots = slots.int().expand(batch * heads, -1)
@@ -199,46 +217,25 @@ class LayerCache(CacheLayerMixin):
         else:
             run = Run(k, v, new_slots, whole=True)
             self.num_real = [n + num_new for n in self.num_real]
-        if scored:
-            assert self.plan.keep is not None
+        if self.plan.keep and self.plan.scored:
             run.score = self.plan.keep.first_score(run.k)
+        elif self.plan.scored:
+            run.score = torch.zeros_like(run.slots, dtype=torch.float32)
         return run
-
-    def _ranks(self, num_queries: int, real: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        """`[B, Q]`: how many tokens of its sequence, padding left out, a query has before it."""
-        after = torch.tensor(self.num_real, device=device)[:, None]
-        if real is None:
-            return after - num_queries + torch.arange(num_queries, device=device)
-        return after - real.sum(1, keepdim=True) + real.long().cumsum(1) - 1
 
     def _first_visible(
         self, slots: torch.Tensor, ranks: torch.Tensor | None, padding: torch.Tensor | None
     ) -> torch.Tensor | None:
         """`[R, Q]`: for strict windows, the first slot that each query sees (sinks aside)."""
-        keep = self.plan.keep
-        if keep is None or ranks is None or not keep.strict:
+        if not self.eviction or ranks is None or not self.eviction.keep.strict:
             return None
-        window = self._allowed(ranks + 1) - self.plan.sink
+        window = self.eviction.allowed(ranks + 1) - self.plan.sink
         if padding is None:
             first = slots - window + 1
         else:  # padding may lie between the turns of a batch: count real tokens, not slots
             real_so_far = padding[:, : self.num_seen].long().cumsum(1)
             first = torch.searchsorted(real_so_far, (ranks + 2 - window).contiguous())
         return first.repeat_interleave(self.site.num_kv_heads, 0)
-
-    def _allowed(self, num_real: torch.Tensor) -> torch.Tensor:
-        """Tokens that a row may hold after so many, sinks included; one beside the sinks at least."""
-        keep = self.plan.keep
-        assert keep is not None
-        known = {n: self._allowed_after(n) for n in set(num_real.flatten().tolist())}
-        allowed = [known[n] for n in num_real.flatten().tolist()]
-        return torch.tensor(allowed, device=num_real.device).view_as(num_real)
-
-    def _allowed_after(self, num_real: int) -> int:
-        """Tokens that a row may hold after so many of its sequence, sinks included."""
-        assert self.eviction is not None
-        cost = self._cost() if self.eviction.keep.budget.unit == "bytes" else None
-        return self.eviction.allowed_after(num_real, self.site.num_layers, cost)
 
     def _fill_sinks(self, chunk: Run) -> Run:
         """The first tokens of each sequence go to the sinks, where they stay."""
@@ -253,12 +250,35 @@ class LayerCache(CacheLayerMixin):
         return chunk
 
     def _attend_all(self, query: Query, chunk: Run, ranks: torch.Tensor | None) -> Partial:
-        looks: list[tuple[Segment, Query]] = [(segment, query) for segment in self._moving(chunk)]
-        if self.sink.width:
-            looks.insert(0, (self.sink, self._query_of_sinks(query, ranks)))
-        if not looks:
+        runs = {name: getattr(self, name) for name in self.runs} | {"chunk": chunk}
+        looks: list[tuple[Segment, Query]] = [
+            (run, self._query_of_sinks(query, ranks) if name == "sink" else query) for name, run in runs.items() if run.width
+        ]
+        partials = []
+        for part in self._parts(query, chunk):
+            partials.append(dispatch.attend([*looks, (part, query)]))
+            looks = []
+        if looks:
+            partials.append(dispatch.attend(looks))
+        if not partials:
             return Partial(torch.zeros_like(query.q), query.q.new_zeros(query.q.shape[:2]))
-        return dispatch.attend(looks)
+        return merge(partials)
+
+    def _parts(self, query: Query, chunk: Run) -> Iterator[Segment]:
+        """What a chunk reads of the blocks, part by part: those that a read stage chooses, from wherever they lie."""
+        if not self.body.width:
+            return
+        read, pool = self.plan.read, self.body.pool
+        columns = None
+        if read and len(query.slots) <= read.queries:
+            budget = torch.tensor([read.budget.tokens(n) for n in self.num_real], device=self.device)
+            dense = self.sink.counts() + self.recent.counts() + chunk.counts()
+            allowed = (budget.repeat_interleave(self.site.num_kv_heads) - dense) // pool.block
+            columns = read.choose(query.q, pool.table, pool.summary, allowed)
+        if columns is None and pool.in_one_place:
+            yield self.body
+        else:
+            yield from self.body.parts(columns)
 
     def _moving(self, chunk: Run) -> list[Segment]:
         """What a keep policy chooses from, oldest first."""
@@ -267,10 +287,9 @@ class LayerCache(CacheLayerMixin):
     def _query_of_sinks(self, query: Query, ranks: torch.Tensor | None) -> Query:
         """Sinks are seen by every query; with re-indexed positions, from as near as the cache is long."""
         q = query.q
-        keep = self.plan.keep
-        if keep is not None and ranks is not None and keep.reindex:
+        if self.eviction and ranks is not None and self.eviction.keep.reindex:
             assert self.rope is not None
-            gone = (ranks + 1 - self._allowed(ranks + 1)).clamp_min(0)
+            gone = (ranks + 1 - self.eviction.allowed(ranks + 1)).clamp_min(0)
             by_query = q.view(len(self.num_real), -1, len(query.slots), q.shape[-1])
             q = self.rope.rotate(by_query, -gone[:, None]).view_as(q)
         return Query(q, query.slots, query.num_groups, None, query.softcap)
@@ -278,72 +297,54 @@ class LayerCache(CacheLayerMixin):
     # -- applying the plan -----------------------------------------------------------------------------------------------
 
     def _settle(self, query: Query, chunk: Run, lse: torch.Tensor, moment: Moment) -> None:
-        """Lets the keep policy learn from a chunk and choose among all tokens but the sinks; stores what is left of it."""
-        assert self.eviction is not None
+        if self.eviction:
+            chunk = self._evict(self.eviction, query, chunk, lse, moment)
+        if self.plan.read and self.plan.read.scored:
+            q = query.q.view(query.q.shape[0], query.num_groups, len(query.slots), -1)
+            for run in (self.recent, chunk):
+                assert run.score is not None
+                run.score = self.plan.read.observe(run.score, run.k, run.slots.long(), q, query.slots)
+        self._store(chunk)
+        if isinstance(self.body.pool, TieredPool):
+            runs = [getattr(self, name) for name in self.runs]
+            dense_bytes = sum(x.nbytes for run in runs for x in run.tensors().values())
+            self.body.pool.spill(self.num_real, self.sink.counts() + self.recent.counts(), dense_bytes)
+
+    def _evict(self, eviction: Eviction, query: Query, chunk: Run, lse: torch.Tensor, moment: Moment) -> Run:
+        """Lets the keep policy learn from a chunk and choose among all tokens but the sinks; what is to be stored of it."""
         held = Candidates(self.body, self.recent, chunk)
-        ctx = self.eviction.context(held, moment, self._allowed_beside_sinks())
-        self.eviction.observe(held, query, lse, ctx, self.sink.num_tokens())
-        if self.eviction.keep.reconstructs and len(query.slots) > 1:
-            self._store(chunk)  # `evict` is called once the chunk has been read again
-        elif self._in_place(chunk) and (victim := self.eviction.choose_one(held, ctx)) is not None:
-            self._overwrite(victim, chunk)
-        else:
-            self._store(self._thin_out(held, self.eviction.choose(held, ctx)))
+        ctx = eviction.context(held, moment, self.sink.num_tokens())
+        eviction.observe(held, query, lse, ctx)
+        if eviction.keep.reconstructs and len(query.slots) > 1:
+            return chunk  # `evict` is called once the chunk has been read again
+        if self.plan.window == 0 and held.one_can_replace_one and (victim := eviction.choose_one(held, ctx)) is not None:
+            return held.replace(victim)
+        self.recent, chunk = held.keep_only(eviction.choose(held, ctx))
+        return chunk
 
     def evict(self, padding: torch.Tensor | None) -> None:
         """Brings the layer within its budget without new tokens: what follows when a chunk has been read again."""
         assert self.eviction is not None
         held = Candidates(self.body, self.recent, empty_chunk(self.recent))
         moment = Moment(self.num_seen, self.num_real, [0] * self.batch_size, padding)
-        ctx = self.eviction.context(held, moment, self._allowed_beside_sinks())
-        self._thin_out(held, self.eviction.choose(held, ctx))
+        ctx = self.eviction.context(held, moment, self.sink.num_tokens())
+        self.recent, _ = held.keep_only(self.eviction.choose(held, ctx))
         self.body.tidy()
 
     def _look_back(self, query: Query, lse: torch.Tensor, moment: Moment) -> None:
         """The policy learns from a chunk that the model reads again; the cache stays as it is."""
-        assert self.eviction is not None
         held = Candidates(self.body, self.recent, empty_chunk(self.recent))
-        if held.parts:
-            self.eviction.look_back(held, query, lse, self.eviction.context(held, moment, self._allowed_beside_sinks()))
-
-    def _allowed_beside_sinks(self) -> list[int]:
-        """For each row the tokens that it may hold, without its sinks."""
-        known = {n: self._allowed_after(n) for n in set(self.num_real)}
-        allowed = [known[n] for n in self.num_real for _ in range(self.site.num_kv_heads)]
-        return [n - sinks for n, sinks in zip(allowed, self.sink.num_tokens(), strict=True)]
-
-    def _in_place(self, chunk: Run) -> bool:
-        """Whether the chunk is one token a row that can take the place of another among the encoded ones."""
-        waits = self.codec.unit != "token" or self.plan.window > 0 or self.recent.width > 0
-        return not waits and chunk.width == 1 and chunk.whole and self.body.width > 0
-
-    def _overwrite(self, victim: torch.Tensor, chunk: Run) -> None:
-        """The new token of each row takes the place of `victim [R] long`; where it is itself the victim, it is gone."""
-        stays = victim < self.body.width
-        if bool(stays.all()):
-            self.body.replace(victim, chunk)
-        else:
-            rows = stays.nonzero()[:, 0]
-            self.body.replace(victim[rows], chunk.rows(rows), rows)
-
-    def _thin_out(self, held: Candidates, stays: torch.Tensor | None) -> Run:
-        """Lets go of all that does not stay, `stays [R, N] bool`; returns what is left of the chunk."""
-        if stays is None:
-            return held.chunk
-        of_body, of_recent, of_chunk = stays.split(held.widths, 1)
-        if self.body.width and bool((~of_body & (held.slots[:, : self.body.width] >= 0)).any()):
-            self.body.drop(~of_body)
-        self.recent = self.recent.where(of_recent)
-        return held.chunk.where(of_chunk)
+        if self.eviction and held.parts:
+            self.eviction.look_back(held, query, lse, self.eviction.context(held, moment, self.sink.num_tokens()))
 
     def _store(self, chunk: Run) -> None:
         """New tokens join the recent ones; what is older than the dense window is encoded."""
-        if self.codec.unit == "token" and self.plan.window == 0:
+        if self.body.unit == "token" and self.plan.window == 0:
             self.body.append(chunk)
             self.body.tidy()
             return
         dense = join(self.recent, chunk)
-        unit = self.body.pool.block if self.codec.unit == "block" else 1
+        unit = self.body.pool.block if self.body.unit == "block" else 1
         if dense.width - self.plan.window < unit:  # nothing to encode in the longest row
             self.recent = dense.owned()
             return
@@ -354,9 +355,10 @@ class LayerCache(CacheLayerMixin):
             self.body.tidy()
         self.recent = dense.owned()
 
-    def _cost(self) -> Cost:
-        """What the tokens of all layers like this one take in bytes."""
-        assert self.plan.keep is not None
+    def _cost(self) -> Cost | None:
+        """What the tokens of all layers like this one take, where the budget is one of bytes."""
+        if self.plan.keep is None or self.plan.keep.budget.unit != "bytes":
+            return None
         head_dim, block = self.site.head_dim, self.codec.block
         num_dense = self.plan.sink + self.plan.window + (block - 1 if self.codec.unit == "block" else 0)
         return Cost(
@@ -365,37 +367,6 @@ class LayerCache(CacheLayerMixin):
             block_bytes=self.body.block_bytes(head_dim),
             dense_bytes=num_dense * (2 * head_dim * self.dtype.itemsize + 4 + 4 * self.plan.keep.scored),
         )
-
-    # -- saving ----------------------------------------------------------------------------------------------------------
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """All that the layer holds, idle blocks left out: tensors by `segment.purpose`, and numbers, fit for JSON."""
-        numbers: dict[str, Any] = {"num_seen": self.num_seen, "num_real": self.num_real}
-        if not self.is_initialized:
-            return {}, numbers
-        segments = {"sink": self.sink.tensors(), "recent": self.recent.tensors(), "body": self.body.pool.state()}
-        tensors = {f"{name}.{part}": x for name, parts in segments.items() for part, x in parts.items()}
-        if self.eviction:
-            tensors |= {f"keep.{name}": x for name, x in self.eviction.state.items()}
-        return tensors, numbers | {"starts": self.body.starts, "lengths": self.body.lengths}
-
-    def restore(
-        self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Takes over what `state` gave; the layer must be new and of the same plan. `dtype` is the model's."""
-        if not tensors:
-            return
-        batch, heads, head_dim = len(numbers["num_real"]), self.site.num_kv_heads, self.site.head_dim
-        none = torch.empty(batch, heads, 0, head_dim, dtype=dtype, device=device)
-        self.lazy_initialization(none, none)
-        self.num_seen, self.num_real = numbers["num_seen"], list(numbers["num_real"])
-        held = {name: part(name, tensors) for name in ("sink", "recent", "body")}
-        self.sink, self.recent = (
-            Run(run["k"], run["v"], run["slots"], run.get("score")) for run in (held["sink"], held["recent"])
-        )
-        self.body.restore(held["body"], numbers["starts"], list(numbers["lengths"]))
-        if self.eviction:
-            self.eviction.state = part("keep", tensors)
 
     # -- what is there ---------------------------------------------------------------------------------------------------
 
@@ -407,9 +378,11 @@ class LayerCache(CacheLayerMixin):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that the layer holds, named by its segment and purpose."""
         if self.is_initialized:
-            for name, segment in (("sink", self.sink), ("recent", self.recent), ("body", self.body.pool)):
-                for purpose, tensor in segment.tensors().items():
+            for name in self.runs:
+                for purpose, tensor in getattr(self, name).tensors().items():
                     yield f"{name}.{purpose}", tensor
+            for purpose, tensor in self.body.pool.tensors().items():
+                yield f"body.{purpose}", tensor
             for purpose, tensor in (self.eviction.state if self.eviction else {}).items():
                 yield f"keep.{purpose}", tensor
 
@@ -417,5 +390,5 @@ class LayerCache(CacheLayerMixin):
         """For each row (sequence * KV heads + head) the slots of the tokens held, in order."""
         if not self.is_initialized:
             return []
-        slots = torch.cat([self.sink.slots, self.body.slots(), self.recent.slots], 1)
+        slots = torch.cat([*(getattr(self, name).slots for name in self.runs), self.body.slots()], 1)
         return [sorted(s for s in row if s >= 0) for row in slots.tolist()]

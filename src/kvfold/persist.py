@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import kvfold
+from kvfold import layer_state
 from kvfold.errors import FileError, PlanError
 from kvfold.files import explain, replacing
 from kvfold.kv_cache import KVCache
@@ -38,7 +39,7 @@ def save(cache: KVCache, path: str | Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     layers = []
     for index, layer in enumerate(cache.layers):
-        held, numbers = layer.state() if isinstance(layer, LayerCache) else _sliding_state(layer)
+        held, numbers = layer_state.state(layer) if isinstance(layer, LayerCache) else _sliding_state(layer)
         layers.append(numbers)
         tensors |= {
             f"{index}.{name}": x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in held.items()
@@ -76,7 +77,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> KVCache:
         prefix = f"{index}."
         held = {name[len(prefix) :]: x.to(model.device) for name, x in tensors.items() if name.startswith(prefix)}
         if isinstance(layer, LayerCache):
-            layer.restore(held, numbers, model.dtype, model.device)
+            layer_state.restore(layer, held, numbers, model.dtype, model.device)
         else:
             _restore_sliding(layer, held, numbers)
     return cache
@@ -149,7 +150,8 @@ def _check_model(path: Path, header: Mapping[str, Any], model: PreTrainedModel) 
 
 def _meaning(plan: Plan) -> str:
     """The plan with every default written out, so that a later change of a default can't change what a file means."""
-    return repr((plan.keep, plan.protect, plan.hybrid, plan.store))
+    later = [stage for stage in (plan.read, plan.share, plan.tier) if stage]
+    return repr((plan.keep, plan.protect, plan.hybrid, plan.store, *later))
 
 
 def _digest(header: str, tensors: Mapping[str, torch.Tensor]) -> str:

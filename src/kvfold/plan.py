@@ -6,10 +6,13 @@
     protect(sink=16, window=32) | int8
     h2o(25%) | kivi(int2)
     hybrid(edge=2, edge_store=int8) | int4
+    quest(25%) | int4 | tier(device=4096, host=16384, disk)
+    protect(sink=16, window=32) | int8 | minicache(start=50%)
 
-A plan reads from left to right as tokens flow: a keep policy, what is protected from the codec, exceptions for some
-layers, a codec. Each part may be left out. Names and arguments are those of the methods in kvfold.keep and
-kvfold.store; their dataclass fields are the grammar, so that a new method needs no line here.
+A plan reads from left to right as tokens flow: a keep policy or what is read of all tokens, what is protected from the
+codec, exceptions for some layers, a codec, what layers share, where blocks live. Each part may be left out. Names and
+arguments are those of the methods in the packages of the stages (kvfold.keep, kvfold.store …); their dataclass fields are
+the grammar, so that a new method needs no line here.
 """
 
 import re
@@ -17,12 +20,15 @@ import typing
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, TypeVar
 
-from kvfold.budget import WHOLE, Budget, LayerSplit
+from kvfold.budget import WHOLE, Budget, LayerSplit, Percent, Room
 from kvfold.errors import PlanError
-from kvfold.keep.base import Keep, Share
-from kvfold.registry import fields_of, methods, nearest
+from kvfold.keep.base import Keep, Pins, Share
+from kvfold.read.base import Read
+from kvfold.registry import STAGES, fields_of, methods, nearest
+from kvfold.share.base import Sharing
 from kvfold.store.base import Store
 from kvfold.store.dense import Dense
+from kvfold.tier.tier import Tier
 
 _TOKEN = re.compile(r"\s*(?:([A-Za-z0-9_.%+-]+)|([()|=,]))")
 _MAX_DEPTH = 8  # codecs take codecs, so that depth has no natural end, but Python's stack does
@@ -65,6 +71,14 @@ class LayerPlan:
     store: Store
     sink: int
     window: int
+    read: Read | None = None
+    tier: Tier | None = None
+    pins: Pins = ()
+
+    @property
+    def scored(self) -> bool:
+        """Whether dense tokens carry a number."""
+        return bool((self.keep and self.keep.scored) or (self.read and self.read.scored))
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,9 @@ class Plan:
     protect: Protect | None = None
     hybrid: Hybrid | None = None
     store: Store = field(default_factory=Dense)
+    read: Read | None = None
+    share: Sharing | None = None
+    tier: Tier | None = None
 
     @staticmethod
     def parse(text: str) -> "Plan":
@@ -89,7 +106,7 @@ class Plan:
             if stage in parts:
                 raise PlanError(f"'{text}' has two {stage} stages; a plan has at most one")
             if any(_ORDER.index(later) > _ORDER.index(stage) for later in parts):
-                raise PlanError(f"'{call.name}' comes too late in '{text}': the order is {' | '.join(_ORDER)}")
+                raise PlanError(f"'{call.name}' comes too late in '{text}': the order is {' | '.join(ORDER)}")
             parts[stage] = value
         for name in ("protect", "hybrid"):
             if name in parts and "store" not in parts:
@@ -98,33 +115,65 @@ class Plan:
             limit = keep.budget
             if limit.unit == "tokens" and max(protect.sink, keep.sink) >= limit.value:
                 raise PlanError(f"protect(sink={protect.sink}) leaves nothing of a budget of {limit} for other tokens")
-        if keep and keep.budget.unit == "bytes" and len(keep.layers.weights) > 1 and "hybrid" in parts:
-            raise PlanError(
-                f"{keep.name}: layers={keep.layers} splits {keep.budget} by what a token costs, which hybrid changes"
-            )
-        return Plan(calls, **parts)
+        plan = Plan(calls, **parts)
+        plan._check_together()
+        return plan
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.calls))
 
+    def _check_together(self) -> None:
+        """Raises PlanError for stages that can't be in one plan."""
+        if self.keep and self.read:
+            raise PlanError(f"'{self.keep.name}' drops tokens and '{self.read.name}' reads a part of all: choose one of them")
+        if (keep := self.keep) and keep.budget.unit == "bytes" and len(keep.layers.weights) > 1 and self.hybrid:
+            raise PlanError(
+                f"{keep.name}: layers={keep.layers} splits {keep.budget} by what a token costs, which hybrid changes"
+            )
+        if self.share and self.keep and self.keep.reconstructs:
+            raise PlanError(
+                f"'{self.keep.name}' has each layer read a chunk twice, which '{self.share.name}' can't: choose one"
+            )
+        if self.share and self.share.merges:
+            name = self.share.name
+            if self.keep:
+                raise PlanError(
+                    f"'{name}' needs the same tokens in both layers of a pair, and '{self.keep.name}' chooses by layer"
+                )
+            if self.read:
+                raise PlanError(f"'{self.read.name}' can't choose among the merged blocks of '{name}': leave one of them out")
+            if self.tier:
+                raise PlanError(f"'{name}' merges blocks of two layers, which 'tier' can't move: leave one of them out")
+
     def layer(self, index: int, num_layers: int) -> LayerPlan:
         """What the layer `index` of `num_layers` attention layers does."""
         store = self.store
-        if self.hybrid and min(index, num_layers - 1 - index) < self.hybrid.edge:
+        if self.hybrid and index in self._edges(num_layers):
             store = self.hybrid.edge_store
         keep = self.keep if self.keep and index >= self.keep.skip else None
         if keep:
             keep.layers.over(num_layers)  # says so where there are too many weights
+        read = self.read if self.read and index >= self.read.skip else None
         # A codec's own wish for dense sinks must not turn an eviction policy into one that keeps sinks.
-        sink = keep.sink if keep else store.sink
+        sink = keep.sink if keep else max(store.sink, read.sink if read else 0)
         window = store.window
         if self.protect:
-            sink = max(keep.sink if keep else 0, self.protect.sink)
+            sink = max(keep.sink if keep else 0, read.sink if read else 0, self.protect.sink)
             window = self.protect.window
-        return LayerPlan(keep, store, sink, window)
+        return LayerPlan(keep, store, sink, window, read, self.tier)
+
+    def groups(self, num_layers: int) -> list[tuple[int, ...]]:
+        """Layers that share one cache, the first of each group first. Those with a codec of their own (hybrid) stay alone."""
+        return self.share.groups(num_layers, self._edges(num_layers)) if self.share else []
+
+    def _edges(self, num_layers: int) -> set[int]:
+        edge = self.hybrid.edge if self.hybrid else 0
+        return {i for i in range(num_layers) if min(i, num_layers - 1 - i) < edge}
 
 
-_ORDER = ("keep", "protect", "hybrid", "store")
+ORDER = ("keep", "protect", "hybrid", "store", "share", "tier")
+_ORDER = ("keep", "read", *ORDER[1:])
+_ROOMS = [name for name, hint in typing.get_type_hints(Tier).items() if hint is Room]
 _PARTS: dict[str, type] = {"protect": Protect, "hybrid": Hybrid}
 
 T = TypeVar("T")
@@ -133,12 +182,12 @@ T = TypeVar("T")
 def _stage(call: Call) -> tuple[str, Any]:
     if call.name in _PARTS:
         return call.name, _build(call, _PARTS[call.name])
-    for stage in ("keep", "store"):
+    for stage in STAGES:
         if cls := methods(stage).get(call.name):
             return stage, _build(call, cls)
     if call.name == "full":
         raise PlanError("'full' keeps everything as it is: it stands alone, without arguments")
-    known = ["full", *_PARTS, *methods("keep"), *methods("store")]
+    known = ["full", *_PARTS, *(name for stage in STAGES for name in methods(stage))]
     raise PlanError(f"unknown method '{call.name}'{nearest(call.name, known)} ('kvfold strategies' lists all)")
 
 
@@ -148,6 +197,8 @@ def _build(call: Call, cls: type[T]) -> T:
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for position, (key, value) in enumerate(call.args):
+        if key is None and hints.get(str(value)) is Room:  # the bare name of a place: all that is left
+            key, value = str(value), _ALL
         if key is None:
             if position >= len(fields):
                 raise PlanError(f"{call.name}: too many arguments; it takes {', '.join(fields) or 'none'}")
@@ -157,16 +208,18 @@ def _build(call: Call, cls: type[T]) -> T:
             raise PlanError(f"{call.name}: unknown argument '{key}'{nearest(key, fields)} ({takes})")
         if key in values:
             raise PlanError(f"{call.name}: '{key}' is given twice")
-        values[key] = _convert(call.name, key, value, hints[key])
+        values[key] = Room(used=True) if value is _ALL else _convert(call.name, key, value, hints[key])
     for name, f in fields.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise PlanError(f"{call.name}: '{name}' is missing, as in {call.name}({_EXAMPLE.get(hints[name], '…')})")
     built = cls(**values)
-    if isinstance(built, (Keep, Store)):
+    if isinstance(built, (Keep, Read, Store, Sharing, Tier)):
         built.check()
     return built
 
 
+_ALL = "all that is left"
+_PARSED = (Budget, Share, Percent, Room)
 _EXAMPLE: dict[Any, str] = {Budget: "25%"}
 
 
@@ -185,7 +238,7 @@ def _convert(method: str, key: str, value: "str | Call", hint: Any) -> Any:
         return _build(call, methods("store")[call.name])
     if isinstance(value, Call):
         raise PlanError(f"{where} can't have arguments of its own")
-    if hint in (Budget, Share):
+    if hint in _PARSED:
         try:
             return hint.parse(value)
         except PlanError as error:
@@ -249,7 +302,7 @@ class _Reader:
                 value = self._call(depth + 1)
                 args.append((word.name, value if value.args else value.name))
             else:
-                if any(key for key, _ in args):
+                if any(key for key, _ in args) and word.name not in _ROOMS:
                     raise PlanError(f"'{self.text}': '{word}' needs a name, as it comes after a named argument")
                 args.append((None, word if word.args else word.name))
         return Call(name, tuple(args))

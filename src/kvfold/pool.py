@@ -5,6 +5,9 @@ a sixty-fourth at a time, so that appending costs O(1) a token and at most 1.6 %
 become free. Rows that are copies of each other (beams) share blocks until one of them writes.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 
 from kvfold.store.base import Fields
@@ -13,20 +16,41 @@ GROWTH = 64
 """The pool grows by one block in this many, when rows only ever get longer."""
 
 
+@dataclass(frozen=True)
+class PoolPart:
+    """Some blocks of every row, and where they lie.
+
+    Attributes:
+        fields: name to `[F, *]`.
+        index: `[R, c] long`, where each block is in the fields; -1 after a row's last.
+        ids: `[R, c] long`, which block of the pool it is.
+        columns: `[R, c] long`, its column in the table that was asked for; None if all of them, in order.
+    """
+
+    fields: Fields
+    index: torch.Tensor
+    ids: torch.Tensor
+    columns: torch.Tensor | None
+
+
 class BlockPool:
     """Blocks, and who owns them.
 
     Attributes:
         table: `[R, C] long`, the block ids of each row, left-aligned, -1 after its last.
         fields: name to `[P, T, *]` (a token) or `[P, *]` (a block), P the capacity.
+        summary: name to `[P, *]`, what a read stage knows of a block without reading it (kvfold.read).
         slots: `[P, T] int32`, -1 for places without a token; only if `has_slots`.
         score: `[P, T] float32`; only if `scored`.
+
+    Fields are reached by `read`, `write` and `located` alone, so that a pool may hold them in several places (kvfold.tier).
     """
 
     def __init__(self, num_rows: int, block: int, device: torch.device, *, slots: bool, scored: bool):
         self.block, self.device, self.scored = block, device, scored
         self.table = torch.empty(num_rows, 0, dtype=torch.long, device=device)
         self.fields: Fields = {}
+        self.summary: Fields = {}
         self.slots = torch.empty(0, block if slots else 0, dtype=torch.int32, device=device)
         self.score = torch.empty(0, block if scored else 0, dtype=torch.float32, device=device)
         self.has_slots = slots
@@ -35,6 +59,14 @@ class BlockPool:
         self._free: list[int] = []
         self._counts: list[int] | None = None  # blocks of each row, until the table changes
 
+    in_one_place = True
+    """Whether `fields` holds every block, by its id."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes in files."""
+        return 0
+
     # -- reading ---------------------------------------------------------------------------------------------------------
 
     def places(self, place: torch.Tensor) -> torch.Tensor:
@@ -42,13 +74,30 @@ class BlockPool:
         ids = self.table.gather(1, place // self.block)
         return ids * self.block + place % self.block
 
-    def gather(self, ids: torch.Tensor) -> Fields:
-        """The fields of the blocks `ids [R, C]`: `[R, C, ...]`."""
+    def read(self, ids: torch.Tensor) -> Fields:
+        """The fields of the blocks `ids [...]`: `[..., *]`."""
         flat = ids.flatten()
         return {name: x.index_select(0, flat).view(*ids.shape, *x.shape[1:]) for name, x in self.fields.items()}
 
+    def read_tokens(self, addresses: torch.Tensor) -> Fields:
+        """The fields of single tokens, for a codec whose unit is the token: `[n, *]`."""
+        return {name: x.flatten(0, 1)[addresses] for name, x in self.fields.items()}
+
+    def located(self, table: torch.Tensor) -> Iterator[PoolPart]:
+        """Where the blocks `table [R, C]` lie (-1: none), part by part; a part is valid until the next is asked for."""
+        yield PoolPart(self.fields, table, table, None)
+
+    def slots_in(self, part: PoolPart) -> torch.Tensor:
+        """`[F, T] int32`: slots in the order of a part's fields."""
+        if part.index is part.ids:
+            return self.slots
+        slots = self.slots.new_full((next(iter(part.fields.values())).shape[0], self.block), -1)
+        present = part.index >= 0
+        slots[part.index[present]] = self.slots[part.ids[present]]
+        return slots
+
     def tensors(self) -> dict[str, torch.Tensor]:
-        named = dict(self.fields)
+        named = {**self.fields, **self.summary}
         named["table"] = self.table
         if self.has_slots:
             named["slots"] = self.slots
@@ -76,9 +125,15 @@ class BlockPool:
 
     def write_tokens(self, addresses: torch.Tensor, encoded: Fields) -> None:
         """Fields with one entry a token, `[n, *]`, to `n` addresses."""
-        self._ensure_fields({name: x.unsqueeze(0) for name, x in encoded.items()}, per_token=True)
+        self._ensure({name: x.unsqueeze(0) for name, x in encoded.items()}, per_token=True)
         for name, x in encoded.items():
             self.fields[name].view(-1, *x.shape[1:]).index_copy_(0, addresses, x)
+
+    def write(self, ids: torch.Tensor, encoded: Fields) -> None:
+        """Whole blocks `[n, *]` to `ids [n]`; those fields that are a summary go to the others."""
+        self._ensure(encoded, per_token=False)
+        for name, x in encoded.items():
+            (self.summary if is_summary(name) else self.fields)[name][ids] = x
 
     def append_blocks(self, num_before: list[int], encoded: Fields) -> None:
         """The same number of whole blocks for every row, `[R, n, ...]`; row r has `num_before[r]` blocks so far."""
@@ -86,9 +141,7 @@ class BlockPool:
         self.extend([n + num_new for n in num_before])
         columns = torch.tensor(num_before, device=self.device)[:, None] + torch.arange(num_new, device=self.device)
         ids = self.table.gather(1, columns)
-        self._ensure_fields(encoded, per_token=False)
-        for name, x in encoded.items():
-            self.fields[name][ids.flatten()] = x.flatten(0, 1)
+        self.write(ids.flatten(), {name: x.flatten(0, 1) for name, x in encoded.items()})
 
     def append_row_blocks(self, row: int, encoded: Fields) -> None:
         """Blocks for one row, `[1, n, ...]`."""
@@ -97,10 +150,7 @@ class BlockPool:
         has = before[row]
         before[row] += num_new
         self.extend(before)
-        self._ensure_fields(encoded, per_token=False)
-        ids = self.table[row, has : has + num_new]
-        for name, x in encoded.items():
-            self.fields[name][ids] = x[0]
+        self.write(self.table[row, has : has + num_new], {name: x[0] for name, x in encoded.items()})
 
     def extend(self, num_blocks: list[int]) -> None:
         """Gives every row as many blocks as `num_blocks` says; rows that have them already keep them."""
@@ -177,8 +227,7 @@ class BlockPool:
         if copies:
             rows, columns, old = torch.tensor(copies, device=self.device).T
             new = torch.tensor(self._allocate(len(copies)), device=self.device)
-            for x in self._storages():
-                x[new] = x[old]
+            self._copy(old, new)
             self.table[rows, columns] = new
         self.shared = first_column > 0
 
@@ -199,8 +248,7 @@ class BlockPool:
         used, self.table = self._renumbered()
         width = int((self.table >= 0).sum(1).max()) if self.table.numel() else 0
         self.table = self.table[:, :width].contiguous()
-        self.fields = {name: x[used] for name, x in self.fields.items()}
-        self.slots, self.score = self.slots[used], self.score[used]
+        self._select(used)
         self._capacity, self._free = len(used), []
 
     def _renumbered(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,7 +268,12 @@ class BlockPool:
     def state(self) -> dict[str, torch.Tensor]:
         """What `tensors` names, without the idle blocks: what a saved cache holds."""
         used, table = self._renumbered()
-        return {name: table if name == "table" else x[used] for name, x in self.tensors().items()}
+        state = {**self.read(used), **{name: x[used] for name, x in self.summary.items()}, "table": table}
+        if self.has_slots:
+            state["slots"] = self.slots[used]
+        if self.scored:
+            state["score"] = self.score[used]
+        return state
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Takes over what `state` gave; the pool must be new."""
@@ -229,7 +282,9 @@ class BlockPool:
         used = self.table[self.table >= 0]
         self._capacity = int(used.max()) + 1 if len(used) else 0
         self.shared = self._capacity < len(used)
-        self.fields = {name: x for name, x in state.items() if name not in ("table", "slots", "score")}
+        held = {name: x for name, x in state.items() if name not in ("table", "slots", "score")}
+        self.summary = {name: x for name, x in held.items() if is_summary(name)}
+        self.fields = {name: x for name, x in held.items() if not is_summary(name)}
         self.has_slots = "slots" in state
         self.slots = state.get("slots", self.slots.new_empty(self._capacity, 0))
         self.score = state.get("score", self.score.new_empty(self._capacity, 0))
@@ -243,25 +298,55 @@ class BlockPool:
 
     def _grow(self, capacity: int) -> None:
         before = self._capacity
-        self.fields = {name: _resized(x, capacity) for name, x in self.fields.items()}
-        self.slots, self.score = _resized(self.slots, capacity), _resized(self.score, capacity)
+        self._resize_fields(capacity)
+        self.summary = {name: resized(x, capacity) for name, x in self.summary.items()}
+        self.slots, self.score = resized(self.slots, capacity), resized(self.score, capacity)
         self.slots[before:] = -1
         self.score[before:] = 0
         self._capacity = capacity
         self._free.extend(range(before, capacity))
 
-    def _ensure_fields(self, encoded: Fields, per_token: bool) -> None:
+    # -- where fields lie ------------------------------------------------------------------------------------------------
+
+    def _resize_fields(self, capacity: int) -> None:
+        self.fields = {name: resized(x, capacity) for name, x in self.fields.items()}
+
+    def _ensure(self, encoded: Fields, per_token: bool) -> None:
         """Makes the tensors at the first write, when the codec has shown what it needs."""
         for name, x in encoded.items():
-            if name not in self.fields:
-                shape = (self.block, *x.shape[2:]) if per_token else x.shape[2:]
-                self.fields[name] = torch.zeros(self._capacity, *shape, dtype=x.dtype, device=self.device)
+            held = self.summary if is_summary(name) else self.fields
+            if name not in held:
+                shape = (self.block, *x.shape[2:]) if per_token else x.shape[1:]
+                held[name] = torch.zeros(self._num_held(name), *shape, dtype=x.dtype, device=self.device)
 
-    def _storages(self) -> list[torch.Tensor]:
-        return [*self.fields.values(), self.slots, self.score]
+    def _num_held(self, name: str) -> int:
+        """Blocks that the tensor of a field has room for."""
+        return self._capacity
+
+    def _select(self, used: torch.Tensor) -> None:
+        """Only the blocks `used`, in that order, are left."""
+        self.fields = {name: x[used] for name, x in self.fields.items()}
+        self._select_known(used)
+
+    def _select_known(self, used: torch.Tensor) -> None:
+        """The part of `_select` for what is known of blocks without reading them."""
+        self.summary = {name: x[used] for name, x in self.summary.items()}
+        self.slots, self.score = self.slots[used], self.score[used]
+
+    def _copy(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """What the blocks `old [n]` hold, to the blocks `new [n]` as well."""
+        self.write(new, self.read(old))
+        for x in (*self.summary.values(), self.slots, self.score):
+            x[new] = x[old]
 
 
-def _resized(x: torch.Tensor, capacity: int) -> torch.Tensor:
+def is_summary(name: str) -> bool:
+    """Whether a field is a read stage's, by its name."""
+    return name.startswith("page.")
+
+
+def resized(x: torch.Tensor, capacity: int) -> torch.Tensor:
+    """The first `capacity` entries of x, zeros after its own."""
     larger = x.new_zeros(capacity, *x.shape[1:])
     larger[: x.shape[0]] = x
     return larger

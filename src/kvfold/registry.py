@@ -4,18 +4,20 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+import typing
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, Literal, TypeVar
 
-Stage = Literal["keep", "store"]
+Stage = Literal["keep", "read", "store", "share", "tier"]
+STAGES: tuple[Stage, ...] = typing.get_args(Stage)
 T = TypeVar("T", bound=type)
 
-_METHODS: dict[Stage, dict[str, type]] = {"keep": {}, "store": {}}
+_METHODS: dict[Stage, dict[str, type]] = {stage: {} for stage in STAGES}
 
 
 def register(stage: Stage, name: str) -> Callable[[T], T]:
-    """Class decorator: makes a keep policy or a codec known to plans under `name`. A name is taken once."""
+    """Class decorator: makes a method of a stage known to plans under `name`. A name is taken once."""
 
     def add(cls: T) -> T:
         for methods in _METHODS.values():
@@ -31,7 +33,7 @@ def register(stage: Stage, name: str) -> Callable[[T], T]:
 @cache
 def _import_all() -> None:
     """Every module of the stage packages is a method: importing them is what registers it."""
-    for stage in ("keep", "store"):
+    for stage in STAGES:
         package = importlib.import_module(f"kvfold.{stage}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")

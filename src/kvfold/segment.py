@@ -65,10 +65,6 @@ class Segment(ABC):
         """`|v_t|`, `[R, N] float32`; anything where there is no token."""
         return torch.cat([self.codec.v.norms(part("v", tile.fields)).flatten(1) for tile in self.tiles()], 1)
 
-    @abstractmethod
-    def vectors(self, row: int, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of single tokens of a row, decoded: `places [n] long` to `[n, D] float32` twice."""
-
 
 class Run(Segment):
     """Dense tokens: sinks, the recent ones, and the chunk that is being processed.
@@ -109,6 +105,7 @@ class Run(Segment):
         return counts
 
     def vectors(self, row: int, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of single tokens of a row: `places [n] long` to `[n, D] float32` twice."""
         return self.k[row, places].float(), self.v[row, places].float()
 
     def counts(self) -> torch.Tensor:
@@ -151,9 +148,16 @@ class Run(Segment):
         return Run(self.k.gather(1, wide), self.v.gather(1, wide), self.slots.gather(1, order), score)
 
     def split(self, at: torch.Tensor) -> tuple["Run", "Run"]:
-        """The first `at [R] long` tokens of every row, and the rest."""
+        """The first `at [R] long` tokens of every row, and the rest; views where all rows are cut at the same place."""
+        if self.whole and len(places := set(at.tolist())) == 1:
+            (place,) = places
+            return self._span(0, place), self._span(place, self.width)
         first = torch.arange(self.width, device=at.device) < at[:, None]
         return self.where(first), self.where(~first)
+
+    def _span(self, start: int, end: int) -> "Run":
+        score = None if self.score is None else self.score[:, start:end]
+        return Run(self.k[:, start:end], self.v[:, start:end], self.slots[:, start:end], score, whole=True)
 
     def rows(self, rows: torch.Tensor) -> "Run":
         """The run of other rows (beams, a smaller batch)."""

@@ -14,7 +14,8 @@ import torch
 from kvfold.attention import reference
 from kvfold.attention.reference import Partial, Query, Tile, merge
 from kvfold.kernels import cpu
-from kvfold.store.base import KVCodec
+from kvfold.kernels.cpu import encode as cpu_encode
+from kvfold.store.base import Fields, KVCodec, TensorCodec, join
 
 REFERENCE = "torch-reference"
 
@@ -76,6 +77,25 @@ def mass(segment: Attended, query: Query, lse: torch.Tensor) -> torch.Tensor:
     if _compiled(query) and (place := segment.locate(query.q.shape[-1])):
         return cpu.mass(_look(place, query), query.slots, query.num_groups, query.softcap, lse, segment.width)
     return reference.mass(query, segment.codec, segment.tiles(), lse)
+
+
+def encoder_name(codec: KVCodec, device: str = "cpu") -> str:
+    """What quantizes and packs: the compiled kernels where they know both codecs."""
+    known = all(_encodes(side, device) for side in (codec.k, codec.v))
+    return f"cpu-{cpu.chosen()}" if known else REFERENCE
+
+
+def encode(codec: KVCodec, k: torch.Tensor, v: torch.Tensor) -> Fields:
+    """`KVCodec.encode`, compiled where that can be: the same fields, bit for bit."""
+    return join("k", _encode(codec.k, k)) | join("v", _encode(codec.v, v))
+
+
+def _encode(codec: TensorCodec, x: torch.Tensor) -> Fields:
+    return cpu_encode.encode(codec, x) if _encodes(codec, x.device.type) and x.numel() else codec.encode(x)
+
+
+def _encodes(codec: TensorCodec, device: str) -> bool:
+    return device == "cpu" and cpu.chosen() is not None and cpu_encode.encodes(codec)
 
 
 def _compiled(query: Query) -> bool:

@@ -42,4 +42,6 @@ def _print_table(rows: list[dict[str, str]]) -> None:
     console.print(table)
     if len(columns) < len(_FROM_WIDTH):
         console.print(f"In a window of {max(_FROM_WIDTH.values())} columns, and with --json: their papers.", style="dim")
-    console.print("Any plan can be given in place of a name: keep | protect | hybrid | codec, as in 'h2o(25%) | int4'.")
+    console.print(
+        "Any plan can be given in place of a name: keep | protect | hybrid | codec | share | tier, as in 'h2o(25%) | int4'."
+    )

@@ -21,6 +21,8 @@ from kvfold.rope import Rope
 GroupReduce = Literal["mean", "max"]
 Measure = Literal["sum", "max", "hits"]
 State = dict[str, torch.Tensor]
+Pins = tuple[tuple[int, int], ...]
+"""Spans of positions, first and one after the last, in order and apart: tokens of the sequence that never go."""
 
 UNSCORED = 2.0**100
 """The score of a token that its policy has not judged yet: above all that are judged, so that it stays."""
@@ -50,6 +52,17 @@ class Share:
 
 NO_TOKENS = Share(0, False)
 HALF = Share(0.5, True)
+
+
+def merge_spans(spans: list[tuple[int, int]]) -> Pins:
+    """Sorted, and joined where they meet."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], end)
+        else:
+            merged.append((start, end))
+    return tuple(merged)
 
 
 class Tokens(Protocol):
@@ -84,6 +97,14 @@ class Moment:
     num_new: list[int]
     padding: torch.Tensor | None = None
 
+    def ranks(self, num_queries: int, device: torch.device) -> torch.Tensor:
+        """`[B, Q]`: how many tokens of its sequence a query of the chunk has before it; those of padding say nothing."""
+        after = torch.tensor(self.num_real, device=device)[:, None]
+        if self.padding is None:
+            return after - num_queries + torch.arange(num_queries, device=device)
+        real = self.padding[:, self.num_seen - num_queries : self.num_seen].long()
+        return after - real.sum(1, keepdim=True) + real.cumsum(1) - 1
+
     def positions(self, slots: torch.Tensor) -> torch.Tensor:
         """From slots, `[R, N] int`, to positions: how many tokens of the sequence came before; negative for slot -1."""
         rows = slots.shape[0] // len(self.num_real)
@@ -107,9 +128,10 @@ class KeepContext:
         moment: where the layer stands.
         allowed: tokens that each row may have, sinks left out.
         counts: tokens that each row has.
+        sinks: first tokens that each row has, which stay and are not among these; `num_sinks` in the end.
         num_heads: KV heads.
         layer: index of the layer.
-        num_sinks: first tokens of every sequence, which stay and are not among these.
+        num_sinks: first tokens of every sequence, which stay.
         state: what the policy holds for the layer beside a number a token (see `Keep.initial_state`), to be changed in place.
         rope: the layer's rotation, where the policy asks for it.
     """
@@ -119,6 +141,7 @@ class KeepContext:
     moment: Moment
     allowed: list[int]
     counts: list[int]
+    sinks: list[int]
     num_heads: int
     layer: int
     num_sinks: int

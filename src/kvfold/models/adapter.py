@@ -21,10 +21,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from kvfold.errors import ModelError, PlanError
-from kvfold.eviction import Pins, merge_spans
 from kvfold.handle import Handle, SeenLength
+from kvfold.keep.base import Pins, merge_spans
 from kvfold.kv_cache import KVCache
 from kvfold.layer_cache import LayerCache
+from kvfold.layers import make_layers
 from kvfold.models import reconstruct
 from kvfold.models.layer import ModelLayer, head_dim_of
 from kvfold.plan import Plan
@@ -82,21 +83,25 @@ def cache(model: PreTrainedModel, plan: str | Plan, pin: Iterable[int | range] =
     config = model.config.get_text_config(decoder=True)
     windows = sliding_windows(config)
     served = [i for i, window in enumerate(windows) if window is None]
-    layers: list[LayerCache | DynamicSlidingWindowLayer] = []
-    for i, window in enumerate(windows):
-        if window is not None:
-            layers.append(DynamicSlidingWindowLayer(sliding_window=window))
-            continue
-        site = Site(
+    sites = [
+        Site(
             head_dim=head_dim_of(config),
             dtype=model.dtype,
             num_kv_heads=config.num_key_value_heads,
             num_query_heads=config.num_attention_heads,
-            layer=served.index(i),
+            layer=index,
             num_layers=len(served),
             model=ModelLayer(model, i),
         )
-        layers.append(LayerCache(site, resolved.layer(site.layer, site.num_layers), pins))
+        for index, i in enumerate(served)
+    ]
+    compressed = iter(make_layers(resolved, sites, pins))
+    layers: list[LayerCache | DynamicSlidingWindowLayer] = []
+    for window in windows:
+        if window is not None:
+            layers.append(DynamicSlidingWindowLayer(sliding_window=window))
+            continue
+        layers.append(next(compressed))
         _check_codec(layers[-1], str(resolved))
     return KVCache(resolved, layers, fingerprint(model), pins)
 
@@ -190,9 +195,10 @@ def _why_not(model: PreTrainedModel) -> str | None:
 
 def _check_codec(layer: LayerCache, plan: str) -> None:
     head_dim = layer.site.head_dim
-    probe = torch.zeros(1, layer.codec.block, head_dim)
+    codec = layer.plan.store.codec(layer.site)
+    probe = torch.zeros(1, codec.block, head_dim)
     try:
-        layer.codec.encode(probe, probe)
+        codec.encode(probe, probe)
     except ValueError as error:
         raise PlanError(f"'{plan}' does not suit a head dim of {head_dim}: {error}") from error
 

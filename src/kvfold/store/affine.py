@@ -18,6 +18,7 @@ quantization, as in QLoRA, arXiv 2305.14314, section 3); per token 2^(12 - c/8),
 rounded to the nearest where the ends of the range then move by less than half a step (up to 4 bits), else upwards.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,6 +77,11 @@ class Affine(TensorCodec):
 
     def _middle(self) -> float:
         return (2**self.bits - 1) / 2
+
+    @property
+    def reach(self) -> float:
+        """How many steps a level can be from the number that is stored for it."""
+        return self._middle() if self.symmetric else 2 * self._middle()
 
     def encode(self, x: torch.Tensor) -> Fields:
         x = x.float()
@@ -143,18 +149,14 @@ class Affine(TensorCodec):
 
     def _log_codes(self, step: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
         """Codes of scales on the grid: the nearest, or where that could clip by more than half a step the next above."""
-        per_octave = _PER_OCTAVE[self.axis]
-        codes = (largest / step.clamp_min(_TINY / 256)).log2() * per_octave
-        clipped_steps = (2 ** (0.5 / per_octave) - 1) * (self._middle() if self.symmetric else 2 * self._middle())
-        # 'Above' is a little more than the floor, against the rounding of the logarithm.
-        codes = codes.round() if clipped_steps < 0.5 else (codes - 1e-3).floor()
-        return codes.clamp(0, 255).to(torch.uint8)
+        bounds = scale_bounds(self).to(step.device)
+        return torch.bucketize(largest / step.clamp_min(_TINY / 256), bounds, right=True).to(torch.uint8)
 
     def _scale_zero(self, fields: Fields) -> tuple[torch.Tensor, torch.Tensor]:
         scale = fields["scale"]
         if self.scales == "log8":
             largest = fields["base"].float().unsqueeze(-1) if "base" in fields else _LARGEST_TOKEN_STEP
-            scale = (scale.float() / -_PER_OCTAVE[self.axis]).exp2() * largest
+            scale = scale_grid(self.axis).to(scale.device)[scale.int()] * largest
         scale = scale.float()
         return scale, -self._middle() * scale if self.symmetric else fields["zero"].float()
 
@@ -165,6 +167,24 @@ class Affine(TensorCodec):
             width = channel_group(head_dim, self.group)
             return x.view(*lead, num_tokens, head_dim // width, width)
         return x.view(*lead, num_tokens // self.group, self.group, head_dim)
+
+
+@functools.cache
+def scale_grid(axis: Axis) -> torch.Tensor:
+    """`[256] float32`: what each `log8` code is of the largest scale; a table, so that all kernels have the same bits."""
+    return (torch.arange(256, dtype=torch.float64) / -_PER_OCTAVE[axis]).exp2().float()
+
+
+def scale_bounds(codec: Affine) -> torch.Tensor:
+    """`[255] float32`, rising: the `log8` code of a scale is how many of these `largest / scale` is not below."""
+    clipped_steps = (2 ** (0.5 / _PER_OCTAVE[codec.axis]) - 1) * codec.reach
+    # Nearest, or above: that is a little more than the whole octaves, against the rounding of the ratio.
+    return _bounds(codec.axis, 0.5 if clipped_steps < 0.5 else 1 + 1e-3)
+
+
+@functools.cache
+def _bounds(axis: Axis, above: float) -> torch.Tensor:
+    return ((torch.arange(255, dtype=torch.float64) + above) / _PER_OCTAVE[axis]).exp2().float()
 
 
 def channel_group(head_dim: int, group: int) -> int:

@@ -35,8 +35,12 @@ class Rotated(TensorCodec):
     def _matrix(self, like: torch.Tensor) -> torch.Tensor:
         return hadamard(self.head_dim).to(like.device)
 
+    def turn(self, x: torch.Tensor) -> torch.Tensor:
+        """What is encoded: `x [..., D]`, rotated, in float32."""
+        return x.float() @ self._matrix(x)
+
     def encode(self, x: torch.Tensor) -> Fields:
-        return self.inner.encode(x.float() @ self._matrix(x))
+        return self.inner.encode(self.turn(x))
 
     def decode(self, fields: Fields) -> torch.Tensor:
         x = self.inner.decode(fields)

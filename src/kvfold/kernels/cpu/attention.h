@@ -59,6 +59,9 @@ struct Task {
   float *out, *top, *total;  // [end - first, padded D] not normalised, [end - first] twice
 };
 
+struct Encoding;  // encoding.h
+struct Encoded;
+
 // One build of the kernels for one instruction set.
 struct Kernels {
   const char* name;
@@ -69,11 +72,13 @@ struct Kernels {
   void (*merge)(const Shape&, const Task* tasks, const int* which, int count, float* out, float* lse, float* workspace);
   // mass [R, G, width] += sum over queries of exp(score - lse), for a task's columns and all vectors; lse [R, M].
   void (*mass)(const Shape&, const Task&, const float* lse, float* mass, float* workspace);
+  void (*encode)(const Encoding&, const uint8_t* x, int tokens, int head_dim, const Encoded& to, float* floats);
 };
 
 extern const Kernels kPortable;
 #ifdef KVFOLD_X86
 extern const Kernels kAvx2;
+extern const Kernels kAvxVnni;  // defined where the compiler knows it: KVFOLD_AVXVNNI
 extern const Kernels kAvx512;
 #endif
 

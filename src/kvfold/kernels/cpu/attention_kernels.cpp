@@ -3,157 +3,39 @@
 #include <cfloat>
 #include <cmath>
 
-#include "products.h"
+#include "encoding.h"
+#include "folding.h"
 #include "visible.h"
 
 namespace kvfold {
+
+void KVFOLD_ENCODE(const Encoding&, const uint8_t* x, int tokens, int head_dim, const Encoded& to, float* floats);
+
 namespace {
 
 constexpr float kLowest = -FLT_MAX;
 
-// Where a task keeps its numbers; all sizes in floats.
-struct Workspace {
-  int ld_d, ld_t;  // padded head dim and block
-  float *q, *folded, *scores, *weighted, *scale, *zero, *sums, *scratch, *line;
-  int64_t size;
-
-  Workspace(const Shape& shape, const Part& part, int vectors, float* at) {
-    const Side &k = part.segment->k, &v = part.segment->v;
-    ld_d = rounded_up(shape.head_dim, W);
-    ld_t = rounded_up(part.segment->block, W);
-    const int64_t longest = ld_d > ld_t ? ld_d : ld_t, groups = k.groups > v.groups ? k.groups : v.groups;
-    float* p = at;
-    auto take = [&p](int64_t n) {
-      float* taken = p;
-      p += n;
-      return taken;
-    };
-    q = take(int64_t(vectors) * ld_d);
-    folded = take(int64_t(vectors) * ld_d * groups);
-    scores = take(int64_t(vectors) * ld_t);
-    weighted = take(int64_t(vectors) * longest * groups);
-    scale = take(longest * groups);
-    zero = take(longest * groups);
-    sums = take(int64_t(vectors) * (groups + 4));
-    scratch = take(int64_t(ld_d) * ld_t);
-    line = take(longest);
-    size = p - at;
-  }
-};
-
-// Scales and zeros of a block, [groups][lines], as floats. Returns whether there are zeros.
-bool read_scales(const Side& side, int64_t id, int lines, int ld, float* scale, float* zero) {
-  const bool has_zero = side.zero || side.middle != 0;
-  const int each = side.scale_kind == ScaleKind::HALF ? 2 : 1;
-  const int64_t line_step = side.by_channel ? 1 : side.groups, group_step = side.by_channel ? lines : 1;
-  const int64_t first = id * side.groups * lines;
-  const float largest = side.base ? half_at(side.base + id) : 4096.0f;
-  const float octave = side.by_channel ? -1.0f / 24.0f : -1.0f / 8.0f;
-  for (int g = 0; g < side.groups; g++) {
-    for (int l = 0; l < lines; l += W) {
-      const int64_t at = first + g * group_step + l * line_step;
-      uint16_t gathered[W], zeros[W];
-      const uint8_t* from = side.scale + at * each;
-      const uint16_t* zero_from = side.zero + (side.zero ? at : 0);
-      if (line_step != 1 || l + W > lines) {
-        memset(gathered, 0, sizeof(gathered));
-        memset(zeros, 0, sizeof(zeros));
-        for (int i = 0; i < W && l + i < lines; i++) {
-          memcpy(reinterpret_cast<uint8_t*>(gathered) + i * each, from + i * line_step * each, each);
-          if (side.zero) zeros[i] = zero_from[i * line_step];
-        }
-        from = reinterpret_cast<uint8_t*>(gathered);
-        zero_from = zeros;
-      }
-      const vf s = each == 2 ? load_half(from) : exp2(to_float(load_bytes(from)) * octave) * largest;
-      store(scale + int64_t(g) * ld + l, s);
-      if (side.zero) {
-        store(zero + int64_t(g) * ld + l, load_half(reinterpret_cast<const uint8_t*>(zero_from)));
-      } else if (has_zero) {
-        store(zero + int64_t(g) * ld + l, s * -side.middle);
-      }
-    }
-  }
-  return has_zero;
-}
-
-float dot(const float* a, const float* b, int n) {
-  vf total = {};
-  int i = 0;
-  for (; i + W <= n; i += W) total += load(a + i) * load(b + i);
-  float rest = sum(total);
-  for (; i < n; i++) rest += a[i] * b[i];
-  return rest;
-}
-
-float sum_of(const float* a, int n) {
-  vf total = {};
-  int i = 0;
-  for (; i + W <= n; i += W) total += load(a + i);
-  float rest = sum(total);
-  for (; i < n; i++) rest += a[i];
-  return rest;
-}
-
-// What `across` needs of the vectors x [vectors, n]: times the scale, for each group. Offsets are Σ x z, [groups, vectors].
-void fold(const Side& side, const float* x, int vectors, int n, int ld, const Workspace& w, bool has_zero, float* folded) {
-  for (int g = 0; g < side.groups; g++) {
-    for (int m = 0; m < vectors; m++) {
-      const float *from = x + int64_t(m) * ld, *scale = w.scale + int64_t(g) * ld;
-      float* to = folded + (int64_t(g) * vectors + m) * ld;
-      for (int i = 0; i < n; i += W) store(to + i, load(from + i) * load(scale + i));
-      w.sums[g * vectors + m] = has_zero ? dot(from, w.zero + int64_t(g) * ld, n) : 0.0f;
-    }
-  }
-}
-
-// Adds to `c` what zeros contribute to `along`: Σ_g zero[g, l] Σ_n∈g x[n].
-void add_zeros(const Side& side, const float* x, int vectors, int columns, int ldx, const float* zero, int lines, int ld_lines,
-               float* c, int ldc) {
-  const int width = columns / side.groups;
-  for (int m = 0; m < vectors; m++) {
-    for (int g = 0; g < side.groups; g++) {
-      const float total = sum_of(x + int64_t(m) * ldx + g * width, width);
-      float* to = c + int64_t(m) * ldc;
-      for (int l = 0; l < lines; l += W) store(to + l, load(to + l) + load(zero + int64_t(g) * ld_lines + l) * total);
-    }
-  }
-}
-
-// A line of codes as the numbers that it stands for. `l` counts lines of the block.
-void restore_line(const Side& side, const uint8_t* line, int l, int columns, int ld_lines, const Workspace& w, bool has_zero,
-                  float* out) {
-  convert(side.kind, line, columns, out);
-  if (side.scale_kind == ScaleKind::NONE) return;
-  const int width = columns / side.groups;
-  for (int g = 0; g < side.groups; g++) {
-    const float scale = w.scale[int64_t(g) * ld_lines + l], zero = has_zero ? w.zero[int64_t(g) * ld_lines + l] : 0.0f;
-    for (int n = g * width; n < (g + 1) * width; n++) out[n] = out[n] * scale + zero;
-  }
-}
-
-// A block's numbers into scratch, [lines of the product, columns]: K by channel, V by token.
-void restore_block(const Side& side, const uint8_t* codes, int count, int head_dim, int block, bool lines_are_tokens, bool has_zero,
-                   const Workspace& w) {
-  const int ld = lines_are_tokens ? w.ld_d : w.ld_t;
-  const int ld_lines = side.by_channel ? w.ld_d : w.ld_t;
-  const int lines = side.by_channel ? head_dim : count, columns = side.by_channel ? block : head_dim;
-  const bool direct = side.by_channel != lines_are_tokens;
-  for (int l = 0; l < lines; l++) {
-    float* line = direct ? w.scratch + int64_t(l) * ld : w.line;
-    restore_line(side, codes + l * side.line_bytes, l, columns, ld_lines, w, has_zero, line);
-    if (direct) continue;
-    const int end = side.by_channel ? count : head_dim;
-    for (int n = 0; n < end; n++) w.scratch[int64_t(n) * ld + l] = line[n];
-  }
-}
-
-bool in_registers(const Side& side, int columns, int vectors) {
-  return vectors <= kDirectVectors && aligned(side.kind, columns, side.groups);
-}
-
 void cap(float softcap, int vectors, int ld, float* scores) {
   for (int64_t i = 0; i < int64_t(vectors) * ld; i += W) store(scores + i, tanh_of(load(scores + i) / softcap) * softcap);
+}
+
+bool k_in_integers(const Shape& shape, const Segment& s, int vectors) {
+  return s.k.by_channel && in_integers(s.k, shape.head_dim, s.block, vectors);
+}
+
+bool v_in_integers(const Shape& shape, const Segment& s, int vectors) {
+  return !s.v.by_channel && in_integers(s.v, s.block, shape.head_dim, vectors);
+}
+
+// Queries and probabilities in integers, with the scales of a block.
+void round_queries(const Segment& s, const Block& block, int vectors, const Workspace& w) {
+  read_scales(s.k, block.id, w.head_dim, w.ld_d, w.scale, w.zero);
+  round_folded(s.k, w.q, vectors, w.ld_d, w);
+}
+
+void round_probabilities(const Segment& s, const Block& block, int vectors, const Workspace& w) {
+  read_scales(s.v, block.id, s.block, w.ld_t, w.scale, w.zero);
+  round_folded(s.v, w.scores, vectors, w.ld_t, w);
 }
 
 // scores [vectors, T] = q · k_t, with -inf for what is not seen.
@@ -162,9 +44,12 @@ void score(const Shape& shape, const Task& task, const Block& block, const Works
   const Side& k = s.k;
   const int vectors = task.end - task.first, d = shape.head_dim;
   const int lines = k.by_channel ? d : s.block;
-  const bool scaled = k.scale_kind != ScaleKind::NONE;
-  const bool has_zero = scaled && read_scales(k, block.id, lines, k.by_channel ? w.ld_d : w.ld_t, w.scale, w.zero);
-  if (k.by_channel && in_registers(k, s.block, vectors)) {
+  const bool integers = k_in_integers(shape, s, vectors), scaled = k.scale_kind != ScaleKind::NONE;
+  const bool has_zero = !integers && scaled && read_scales(k, block.id, lines, k.by_channel ? w.ld_d : w.ld_t, w.scale, w.zero);
+  if (integers) {
+    const Matrix codes = {block.k, k.line_bytes, d, s.block, k.groups, block.ahead * k.block_bytes};
+    integer_across(k.kind, codes, d, w.rounded, vectors, w.scores, w.ld_t, false);
+  } else if (k.by_channel && in_registers(k, s.block, vectors)) {
     fold(k, w.q, vectors, d, w.ld_d, w, has_zero, w.folded);
     const int width = s.block / k.groups;
     for (int m = 0; m < vectors; m++) {
@@ -186,27 +71,31 @@ void score(const Shape& shape, const Task& task, const Block& block, const Works
   hide(shape, task, block, w.scores, w.ld_t);
 }
 
-// Scores become probabilities, relative to the largest score so far; what was added up before shrinks with it.
-void soften(const Task& task, const Workspace& w) {
+// The scores of some blocks become probabilities, relative to the largest score so far; what was added up before shrinks with it.
+void soften(const Task& task, const Workspace& w, int num_blocks) {
   for (int m = 0; m < task.end - task.first; m++) {
-    float* scores = w.scores + int64_t(m) * w.ld_t;
-    vf tops = load(scores);
-    for (int t = W; t < w.ld_t; t += W) tops = larger(tops, load(scores + t));
-    const float top = largest(tops);
-    if (top > task.top[m]) {
-      const float shrink = exp_negative(all(task.top[m] - top))[0];
+    float *first = w.scores + int64_t(m) * w.ld_t, *totals = w.totals + int64_t(m) * W;
+    vf tops = load(first);
+    for (int b = 0; b < num_blocks; b++) {
+      for (int t = 0; t < w.ld_t; t += W) tops = larger(tops, load(first + b * w.scores_each + t));
+    }
+    if (any_larger(tops, task.top[m])) {
+      const float top = largest(tops), shrink = exp_negative(all(task.top[m] - top))[0];
       float* out = task.out + int64_t(m) * w.ld_d;
       for (int d = 0; d < w.ld_d; d += W) store(out + d, load(out + d) * shrink);
-      task.total[m] *= shrink;
+      store(totals, load(totals) * shrink);
       task.top[m] = top;
     }
-    vf total = {};
-    for (int t = 0; t < w.ld_t; t += W) {
-      const vf p = exp_negative(load(scores + t) - task.top[m]);
-      store(scores + t, p);
-      total += p;
+    vf total = load(totals);
+    for (int b = 0; b < num_blocks; b++) {
+      float* scores = first + b * w.scores_each;
+      for (int t = 0; t < w.ld_t; t += W) {
+        const vf p = exp_negative(load(scores + t) - task.top[m]);
+        store(scores + t, p);
+        total += p;
+      }
     }
-    task.total[m] += sum(total);
+    store(totals, total);
   }
 }
 
@@ -216,13 +105,16 @@ void combine(const Shape& shape, const Task& task, const Block& block, const Wor
   const Side& v = s.v;
   const int vectors = task.end - task.first, d = shape.head_dim;
   const int lines = v.by_channel ? d : s.block;
-  const bool scaled = v.scale_kind != ScaleKind::NONE;
-  const bool has_zero = scaled && read_scales(v, block.id, lines, v.by_channel ? w.ld_d : w.ld_t, w.scale, w.zero);
-  if (!v.by_channel && in_registers(v, d, vectors)) {
+  const bool integers = v_in_integers(shape, s, vectors), scaled = v.scale_kind != ScaleKind::NONE;
+  const bool has_zero = !integers && scaled && read_scales(v, block.id, lines, v.by_channel ? w.ld_d : w.ld_t, w.scale, w.zero);
+  if (integers) {
+    const Matrix codes = {block.v, v.line_bytes, s.block, d, v.groups, block.ahead * v.block_bytes};
+    integer_across(v.kind, codes, rounded_up(block.count, 4), w.rounded, vectors, task.out, w.ld_d, true);
+  } else if (!v.by_channel && in_registers(v, d, vectors)) {
     const float* p = w.scores;
     if (scaled) {
-      fold(v, w.scores, vectors, w.ld_t, w.ld_t, w, has_zero, w.weighted);
-      p = w.weighted;
+      fold(v, w.scores, vectors, w.ld_t, w.ld_t, w, has_zero, w.folded);
+      p = w.folded;
       const int width = d / v.groups;
       for (int m = 0; has_zero && m < vectors; m++) {
         float* out = task.out + int64_t(m) * w.ld_d;
@@ -242,53 +134,31 @@ void combine(const Shape& shape, const Task& task, const Block& block, const Wor
   }
 }
 
-// to [vectors, D] = from · matrix, or · its transpose
-void rotate(const float* from, int ld_from, const float* matrix, bool transposed, int vectors, int d, float* to, int ld_to) {
-  const Matrix rotation = {reinterpret_cast<const uint8_t*>(matrix), int64_t(sizeof(float)) * d, d, d, 1};
-  if (d % W == 0 && transposed) {
-    along(Kind::F32, rotation, from, vectors, ld_from, nullptr, 0, to, ld_to, false);
-    return;
-  }
-  for (int m = 0; m < vectors; m++) memset(to + int64_t(m) * ld_to, 0, sizeof(float) * d);
-  if (d % W == 0) {
-    across(Kind::F32, rotation, d, from, vectors, ld_from, 0, to, ld_to);
-    return;
-  }
-  for (int m = 0; m < vectors; m++) {
-    for (int i = 0; i < d; i++) {
-      for (int j = 0; j < d; j++) to[int64_t(m) * ld_to + j] += from[int64_t(m) * ld_from + i] * matrix[transposed ? j * d + i : i * d + j];
-    }
-  }
-}
-
-void load_queries(const Shape& shape, const Task& task, const Workspace& w) {
-  const int vectors = task.end - task.first, d = shape.head_dim;
-  const float* q = task.part->q + (int64_t(task.row) * shape.groups * shape.queries + task.first) * d;
-  memset(w.q, 0, sizeof(float) * vectors * w.ld_d);
-  if (const float* matrix = task.part->segment->k.rotation) {
-    rotate(q, d, matrix, false, vectors, d, w.q, w.ld_d);
-    return;
-  }
-  for (int m = 0; m < vectors; m++) memcpy(w.q + int64_t(m) * w.ld_d, q + int64_t(m) * d, sizeof(float) * d);
-}
-
 void attend(const Shape& shape, const Task& task, float* workspace) {
   const int vectors = task.end - task.first;
   const Workspace w(shape, *task.part, vectors, workspace);
   memset(task.out, 0, sizeof(float) * vectors * w.ld_d);
-  for (int m = 0; m < vectors; m++) {
-    task.top[m] = kLowest;
-    task.total[m] = 0;
-  }
+  memset(w.totals, 0, sizeof(float) * vectors * W);
+  for (int m = 0; m < vectors; m++) task.top[m] = kLowest;
   load_queries(shape, task, w);
-  for (int column = task.first_column; column < task.end_column; column++) {
-    Block block;
-    if (!find_block(*task.part, task.row, column, block) || nothing_seen(shape, task, block)) continue;
-    block.ahead = next_block(task, column, block);
-    score(shape, task, block, w);
-    soften(task, w);
-    combine(shape, task, block, w);
+  const Segment& segment = *task.part->segment;
+  const bool round_q = k_in_integers(shape, segment, vectors), round_p = v_in_integers(shape, segment, vectors);
+  const int batch = batch_of(vectors);
+  for (int column = task.first_column; column < task.end_column;) {
+    Block blocks[kBatch];
+    int n = 0;
+    for (; n < batch && column < task.end_column; column++) {
+      if (!find_block(*task.part, task.row, column, blocks[n]) || nothing_seen(shape, task, blocks[n])) continue;
+      blocks[n].ahead = next_block(task, column, batch, blocks[n]);
+      n++;
+    }
+    for (int b = 0; round_q && b < n; b++) round_queries(segment, blocks[b], vectors, w.of(b));
+    for (int b = 0; b < n; b++) score(shape, task, blocks[b], w.of(b));
+    soften(task, w, n);
+    for (int b = 0; round_p && b < n; b++) round_probabilities(segment, blocks[b], vectors, w.of(b));
+    for (int b = 0; b < n; b++) combine(shape, task, blocks[b], w.of(b));
   }
+  for (int m = 0; m < vectors; m++) task.total[m] = sum(load(w.totals + int64_t(m) * W));
 }
 
 // Sums relative to `top`, one of them in the merge.
@@ -359,6 +229,7 @@ void mass(const Shape& shape, const Task& whole, const float* lse, float* receiv
     for (int column = task.first_column; column < task.end_column; column++) {
       Block block;
       if (!find_block(*task.part, task.row, column, block) || nothing_seen(shape, task, block)) continue;
+      if (k_in_integers(shape, s, task.end - task.first)) round_queries(s, block, task.end - task.first, w);
       score(shape, task, block, w);
       for (int m = task.first; m < task.end; m++) {
         const float norm = lse[int64_t(task.row) * num_vectors + m];
@@ -379,6 +250,6 @@ int64_t workspace(const Shape& shape, const Part& part, int vectors) {
 
 }  // namespace
 
-extern const Kernels KVFOLD_KERNELS = {KVFOLD_NAME, W, workspace, attend, merge, mass};
+extern const Kernels KVFOLD_KERNELS = {KVFOLD_NAME, W, workspace, attend, merge, mass, KVFOLD_ENCODE};
 
 }  // namespace kvfold

@@ -82,6 +82,17 @@ void mass(nb::handle given, int rows, int groups, int queries, int head_dim, uin
                reinterpret_cast<float*>(received), num_threads);
 }
 
+void encode(int kind, int input, bool by_channel, bool symmetric, int scale_kind, int group, uintptr_t grid, uintptr_t bounds,
+            uintptr_t x, int64_t blocks, int tokens, int head_dim, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t base,
+            int num_threads) {
+  const kvfold::Encoding encoding = {Kind(kind),        Kind(input), by_channel,           symmetric,
+                                     ScaleKind(scale_kind), group,   pointer<float>(grid), pointer<float>(bounds)};
+  const kvfold::Encoded to = {reinterpret_cast<uint8_t*>(codes), reinterpret_cast<uint8_t*>(scale),
+                              reinterpret_cast<uint16_t*>(zero), reinterpret_cast<uint16_t*>(base)};
+  nb::gil_scoped_release release;
+  kvfold::encode(encoding, pointer<uint8_t>(x), blocks, tokens, head_dim, to, num_threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -91,6 +102,7 @@ NB_MODULE(_native, m) {
   m.def("segment", &segment);
   m.def("attend", &attend);
   m.def("mass", &mass);
+  m.def("encode", &encode);
   m.def("available", &kvfold::available);
   m.def("choose", &kvfold::choose);
   m.def("chosen", [] { return std::string(kvfold::kernels().name); });

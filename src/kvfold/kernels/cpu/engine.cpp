@@ -13,6 +13,7 @@ namespace kvfold {
 namespace {
 
 constexpr int kTasksPerThread = 4;  // so that threads of unequal speed end together
+constexpr int kTokensPerPiece = 64; // of encoding
 constexpr int kLeastColumns = 4;    // blocks a task, below which sharing costs more than it gives
 
 const Kernels*& chosen() {
@@ -27,8 +28,12 @@ const std::vector<const Kernels*>& runnable() {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vnni");
     if (avx512) found.push_back(&kAvx512);
+#ifdef KVFOLD_AVXVNNI
+    if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&kAvxVnni);
+#endif
     if (avx2) found.push_back(&kAvx2);
 #endif
     found.push_back(&kPortable);
@@ -158,6 +163,24 @@ void mass(const Shape& shape, const Part& part, const float* lse, float* receive
   }
   const int64_t needed = k.workspace(shape, part, std::min(shape.groups * shape.queries, kStrip));
   parallel_for(int(tasks.size()), num_threads, [&](int i, int) { k.mass(shape, tasks[i], lse, received, scratch(needed)); });
+}
+
+void encode(const Encoding& e, const uint8_t* x, int64_t blocks, int tokens, int head_dim, const Encoded& to, int num_threads) {
+  const int bits = e.kind == Kind::I4 ? 4 : e.kind == Kind::I2 ? 2 : 8;
+  const int64_t number_bytes = e.input == Kind::F32 ? 4 : 2, scale_bytes = e.scale_kind == ScaleKind::HALF ? 2 : 1;
+  // By channel a block is one piece; tokens with scales of their own may be cut anywhere.
+  const int64_t all_tokens = blocks * tokens, piece = e.by_channel ? tokens : kTokensPerPiece;
+  if (all_tokens == 0) return;
+  const int64_t groups = (e.by_channel ? tokens : head_dim) / e.group;
+  const int64_t token_scales = e.by_channel ? 0 : groups, block_scales = e.by_channel ? groups * head_dim : 0;
+  parallel_for(int((all_tokens + piece - 1) / piece), num_threads, [&](int i, int) {
+    const int64_t first = i * piece, count = std::min(piece, all_tokens - first);
+    const int64_t scales = first * token_scales + i * block_scales;
+    const Encoded at = {to.codes + first * head_dim * bits / 8, to.scale + scales * scale_bytes,
+                        to.zero ? to.zero + scales : nullptr, to.base ? to.base + i : nullptr};
+    float* memory = scratch(encode_floats(int(count), head_dim, int(groups)));
+    kernels().encode(e, x + first * head_dim * number_bytes, int(count), head_dim, at, memory);
+  });
 }
 
 }  // namespace kvfold

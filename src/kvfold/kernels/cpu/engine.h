@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "encoding.h"
 
 namespace kvfold {
 
@@ -17,5 +18,8 @@ void attend(const Shape& shape, const std::vector<Part>& parts, float* out, floa
 
 // mass [R, G, width], given lse [R, M] of the whole.
 void mass(const Shape& shape, const Part& part, const float* lse, float* received, int num_threads);
+
+// Encodes x [blocks, tokens, head_dim] into fields that lie one block after another.
+void encode(const Encoding& encoding, const uint8_t* x, int64_t blocks, int tokens, int head_dim, const Encoded& to, int num_threads);
 
 }  // namespace kvfold

@@ -187,26 +187,51 @@ inline float largest(vf x) {
 }
 #endif
 
-// 2^x for |x| < 126, to about 1e-7 of it (the polynomial is that of Cephes' exp2f).
-inline vf exp2(vf x) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the lowest bits
-  vf shifted = x + magic;
-  vf f = x - (shifted - magic);
-  vf y = all(1.535336188319500e-4f);
-  y = y * f + 1.339887440266574e-3f;
-  y = y * f + 9.618437357674640e-3f;
-  y = y * f + 5.550332471162809e-2f;
-  y = y * f + 2.402264791363012e-1f;
-  y = y * f + 6.931472028550421e-1f;
-  y = y * f + 1.0f;
-  return bits<vf>(bits<vi>(y) + (bits<vi>(shifted) << 23));
+inline bool any_larger(vf a, float b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(bits<__m512>(a), _mm512_set1_ps(b), _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(bits<__m256>(a), _mm256_set1_ps(b), _CMP_GT_OQ));
+#else
+  return largest(a) > b;
+#endif
 }
 
-// e^x for x <= 0, exactly 0 below -87 (and at -inf); NaN stays.
+// 2^x for |x| <= 1/2, to 1e-7 of it (fitted to the least relative error).
+inline vf exp2_fraction(vf x) {
+  vf y = all(1.327647173700e-3f);
+  y = y * x + 9.675541540084e-3f;
+  y = y * x + 5.550713276095e-2f;
+  y = y * x + 2.402211972007e-1f;
+  y = y * x + 6.931469670620e-1f;
+  return y * x + 1.000000071655f;
+}
+
+// 2^x for |x| < 126, to about 1e-7 of it.
+inline vf exp2(vf x) {
+#if defined(__AVX512F__)
+  const __m512 whole = _mm512_roundscale_ps(bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
+  return bits<vf>(_mm512_scalef_ps(bits<__m512>(exp2_fraction(x - bits<vf>(whole))), whole));
+#else
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the lowest bits
+  vf shifted = x + magic;
+  vf y = exp2_fraction(x - (shifted - magic));
+  return bits<vf>(bits<vi>(y) + (bits<vi>(shifted) << 23));
+#endif
+}
+
+// e^x for x <= 0, exactly 0 below -87 (and at -inf), so that no number is subnormal; NaN stays.
 inline vf exp_negative(vf x) {
+#if defined(__AVX512F__)
+  const __m512 y = bits<__m512>(x * 1.44269504088896341f);
+  const __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT);
+  const __mmask16 stays = _mm512_cmp_ps_mask(y, _mm512_set1_ps(-125.5f), _CMP_NLT_UQ);
+  return bits<vf>(_mm512_maskz_scalef_ps(stays, bits<__m512>(exp2_fraction(bits<vf>(_mm512_sub_ps(y, whole)))), whole));
+#else
   vi vanishes = x < all(-87.0f);
   vf y = exp2((vanishes ? all(-87.0f) : x) * 1.44269504088896341f);
   return bits<vf>(bits<vi>(y) & ~vanishes);
+#endif
 }
 
 inline vf tanh_of(vf x) {

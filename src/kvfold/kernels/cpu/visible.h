@@ -62,12 +62,12 @@ bool find_block(const Part& part, int row, int column, Block& block) {
   return count > 0;
 }
 
-// Where the next block of a pool is, seen from this one. The products ask for its codes line by line while they work on this
-// one's: the processor's own prefetching ends at a page, and a block of a pool rarely continues the one before.
-int64_t next_block(const Task& task, int column, const Block& block) {
+// How far the block is that comes `distance` later. The products ask for its codes line by line while they work on this one's:
+// the processor's own prefetching ends at a page, and a block of a pool rarely continues the one before.
+int64_t next_block(const Task& task, int column, int distance, const Block& block) {
   const Segment& s = *task.part->segment;
-  if (!s.table || column + 1 >= task.end_column) return 0;
-  const int64_t id = s.table[int64_t(task.row) * s.columns + column + 1];
+  if (!s.table || column + distance >= task.end_column) return 0;
+  const int64_t id = s.table[int64_t(task.row) * s.columns + column + distance];
   if (id < 0) return 0;
   for (const Side* side : {&s.k, &s.v}) {
     if (side->scale_kind == ScaleKind::NONE) continue;
@@ -92,7 +92,12 @@ Range visible(const Shape& shape, const Part& part, int row, int vector) {
   return seen;
 }
 
+bool everything_seen(const Shape& shape, const Part& part) {
+  return !part.first_visible && !(part.segment->causal && shape.queries > 1);
+}
+
 bool nothing_seen(const Shape& shape, const Task& task, const Block& block) {
+  if (everything_seen(shape, *task.part)) return false;
   for (int m = task.first; m < task.end; m++) {
     const Range seen = visible(shape, *task.part, task.row, m);
     if (block.lowest <= seen.highest && block.highest >= seen.lowest) return false;
@@ -103,6 +108,7 @@ bool nothing_seen(const Shape& shape, const Task& task, const Block& block) {
 void hide(const Shape& shape, const Task& task, const Block& block, float* scores, int ld) {
   for (int m = task.first; m < task.end; m++, scores += ld) {
     for (int t = block.count; t < ld; t++) scores[t] = -INFINITY;
+    if (!block.holes && everything_seen(shape, *task.part)) continue;
     const Range seen = visible(shape, *task.part, task.row, m);
     if (!block.holes && block.lowest >= seen.lowest && block.highest <= seen.highest) continue;
     for (int t = 0; t < block.count; t++) {

@@ -1,0 +1,1 @@
+"""Keeping all tokens, reading a part: one method a file."""

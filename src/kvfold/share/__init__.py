@@ -1,0 +1,1 @@
+"""One cache for several layers: one method a file."""

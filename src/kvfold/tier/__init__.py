@@ -1,0 +1,1 @@
+"""Where blocks live: on the device, in host memory, on disk."""
