@@ -1,9 +1,11 @@
-"""Milliseconds a token of a whole model: kvfold's plans beside transformers' DynamicCache, at several lengths of context.
+"""Milliseconds a token of a whole model: kvfold's plans beside transformers' DynamicCache, by form of the weights and context.
 
-    python benchmarks/decode.py [--model FOLDER] [--contexts 512 4096 8000] [--plans full int8 int4] [--threads 2]
+    python benchmarks/decode.py [--model NAME] [--weights dense int8 native] [--contexts 512 4096 8000]
+                                [--plans full int8 int4] [--threads 2]
 
-Each cache is filled by prefilling the same tokens; then steps of all caches take turns, so that what else the machine does
-falls on all of them alike. A number is the median over the steps. The last line is JSON.
+The DynamicCache runs in a model of its own that kvfold has not touched, on the same weights. Each cache is filled by prefilling
+the same tokens; then steps of all caches take turns, so that what else the machine does falls on all of them alike. A number is
+the median over the steps. The last line is JSON.
 """
 
 import argparse
@@ -12,52 +14,40 @@ import statistics
 import time
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import kvfold
 from kvfold.attention.dispatch import kernel_name
-from kvfold.models.adapter import attach, detach
+from kvfold.models import step
+from kvfold.models.load import DEFAULT_MODEL
+from kvfold.models.weights import describe
 
-BASELINE = "DynamicCache, sdpa"
+BASELINE = "DynamicCache"
 CHUNK = 512
-
-
-def load(model: str | None) -> PreTrainedModel:
-    if model is None:
-        return kvfold.load("smollm2-135m")[0]
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
-
-
-def switch(model: PreTrainedModel, name: str) -> None:
-    """The attention that a cache goes with."""
-    if name == BASELINE:
-        detach(model)
-        if model.config._attn_implementation != "sdpa":
-            model.set_attn_implementation("sdpa")
-    else:
-        attach(model)
+WARM_UP = 3
+COLUMNS = ("least ms", "p20", "p50", "p80", "prefill/s", "KV MB")
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, names: list[str], context: int, steps: int) -> list[dict[str, object]]:
-    ids = torch.randint(0, model.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
+def measure(models: dict[str, PreTrainedModel], context: int, steps: int) -> list[dict[str, object]]:
+    """Rows of one context; `models` has the model that each cache runs in."""
+    vocab_size = next(iter(models.values())).config.vocab_size
+    ids = torch.randint(0, vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
     caches, prefill = {}, {}
-    for name in names:
-        switch(model, name)
+    for name, model in models.items():
         cache = DynamicCache(config=model.config) if name == BASELINE else kvfold.cache(model, name)
         start = time.perf_counter()
         for chunk in ids.split(CHUNK, dim=1):
             model(chunk, past_key_values=cache, logits_to_keep=1)
         prefill[name] = time.perf_counter() - start
         caches[name] = cache
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in models}
     token = torch.zeros(1, 1, dtype=torch.long)
-    for step in range(steps + 3):
+    for turn in range(steps + WARM_UP):
         for name, cache in caches.items():
-            switch(model, name)
             start = time.perf_counter()
-            model(token, past_key_values=cache, logits_to_keep=1)
-            if step >= 3:
+            models[name](token, past_key_values=cache, logits_to_keep=1)
+            if turn >= WARM_UP:
                 times[name].append((time.perf_counter() - start) * 1e3)
     rows = []
     for name, cache in caches.items():
@@ -66,6 +56,7 @@ def measure(model: PreTrainedModel, names: list[str], context: int, steps: int) 
             {
                 "cache": name,
                 "context": context,
+                "ms_least": min(times[name]),
                 "ms_p20": p20,
                 "ms_p50": p50,
                 "ms_p80": p80,
@@ -78,7 +69,8 @@ def measure(model: PreTrainedModel, names: list[str], context: int, steps: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder; the default model when left out")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="what kvfold.load takes")
+    parser.add_argument("--weights", nargs="+", default=["dense", "int8", "native"])
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096, 8000])
     parser.add_argument("--plans", nargs="+", default=["full", "int8", "int4"])
     parser.add_argument("--steps", type=int, default=20)
@@ -86,19 +78,21 @@ def main() -> None:
     parser.add_argument("--no-baseline", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = load(args.model)
-    names = [*([] if args.no_baseline else [BASELINE]), *args.plans]
-    print(f"kernel {kernel_name()}, {args.threads} threads, torch {torch.__version__}, weights {model.dtype}")
-    print(f"{'context':>7} {'cache':<20} {'ms p20':>8} {'p50':>8} {'p80':>8} {'prefill tok/s':>14} {'KV MB':>7}")
+    print(f"kernel {kernel_name()}, {args.threads} threads, torch {torch.__version__}")
+    print(f"{'weights':>8} {'context':>7} {'cache':<14}" + "".join(f"{title:>10}" for title in COLUMNS))
     records = []
-    for context in args.contexts:
-        for r in measure(model, names, context, args.steps):
-            records.append(r)
-            print(
-                f"{r['context']:>7} {r['cache']:<20} {r['ms_p20']:>8.1f} {r['ms_p50']:>8.1f} {r['ms_p80']:>8.1f}"
-                f" {r['prefill_tokens_per_s']:>14.0f} {r['kv_bytes'] / 1e6:>7.1f}",  # type: ignore[operator]
-                flush=True,
-            )
+    for weights in args.weights:
+        model, _ = kvfold.load(args.model, weights=weights)
+        kvfold.attach(model)
+        models = {BASELINE: kvfold.load(args.model, weights=weights)[0]} if not args.no_baseline else {}
+        models |= dict.fromkeys(args.plans, model)
+        for context in args.contexts:
+            for r in measure(models, context, args.steps):
+                form = {"weights": weights, "weight_bytes": describe(model), "step": step.describe(models[str(r["cache"])])}
+                records.append({**form, **r})
+                times = "".join(f"{r[name]:>10.1f}" for name in ("ms_least", "ms_p20", "ms_p50", "ms_p80"))
+                rest = f"{r['prefill_tokens_per_s']:>10.0f}{r['kv_bytes'] / 1e6:>10.1f}"  # type: ignore[operator]
+                print(f"{weights:>8} {r['context']:>7} {r['cache']:<14}{times}{rest}", flush=True)
     print(json.dumps({"kernel": kernel_name(), "threads": args.threads, "torch": torch.__version__, "records": records}))
 
 

@@ -22,3 +22,9 @@ def _same_every_time() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention in plain torch, for tests of what is attended to: compiled kernels may round queries (rounding.py)."""
+    monkeypatch.setenv("KVFOLD_CPU", "off")

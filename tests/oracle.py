@@ -263,13 +263,15 @@ def _rotate(model: PreTrainedModel, x: torch.Tensor, shift: torch.Tensor) -> tor
 
 
 def held_bytes(root: Any, *, but: PreTrainedModel | None = None) -> int:
-    """Bytes of all tensor storages reachable from an object, each once; those that belong to the model are left out."""
-    theirs = set()
-    if but is not None:
-        theirs = {t.untyped_storage().data_ptr() for t in [*but.parameters(), *but.buffers()]}
+    """Bytes of all tensor storages reachable from an object, each once; those reachable from the model are left out."""
+    theirs = {} if but is None else _storages([but, *but.parameters(), *but.buffers()])
+    return sum(size for address, size in _storages([root]).items() if address not in theirs)
+
+
+def _storages(todo: list[Any]) -> dict[int, int]:
+    """Bytes by address."""
     storages: dict[int, int] = {}
     seen: set[int] = set()
-    todo = [root]
     while todo:
         item = todo.pop()
         if id(item) in seen or isinstance(item, (type, str, bytes)):
@@ -277,12 +279,11 @@ def held_bytes(root: Any, *, but: PreTrainedModel | None = None) -> int:
         seen.add(id(item))
         if isinstance(item, torch.Tensor):
             storage = item.untyped_storage()
-            if storage.data_ptr() not in theirs:
-                storages[storage.data_ptr()] = storage.nbytes()
+            storages[storage.data_ptr()] = storage.nbytes()
         elif isinstance(item, dict):
             todo += item.values()
         elif isinstance(item, (list, tuple, set)):
             todo += item
         elif hasattr(item, "__dict__"):
             todo += vars(item).values()
-    return sum(storages.values())
+    return storages

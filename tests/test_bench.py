@@ -137,7 +137,7 @@ def test_fewer_bits_cost_more(sharp_model, ids, reference) -> None:
 
 def test_kl_is_that_of_the_definition(sharp_model, ids, reference) -> None:
     ours = reference_of(tiny_model(seed=1), ids, 150, 32)
-    other = quality._divergence(reference.log_probs, ours.log_probs) / 150
+    other = quality.divergence(reference.log_probs, ours.log_probs) / 150
     p, q = reference.log_probs.double(), ours.log_probs.double()
     assert other == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-5)
 
@@ -319,7 +319,8 @@ def test_a_full_disk_loses_nothing(wanted: Bench, counting) -> None:
 
 
 def _setting_in(folder: Path):
-    from kvfold.lab.results import SETTING, Setting
+    from kvfold.lab.journal import SETTING
+    from kvfold.lab.results import Setting
 
     return Setting(**json.loads((folder / SETTING).read_text()))
 

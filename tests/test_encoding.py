@@ -1,6 +1,9 @@
 """Compiled quantizing and packing against the reference: the same fields, bit for bit."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,10 +14,12 @@ from kvfold.attention import dispatch
 from kvfold.kernels import cpu
 from kvfold.kernels.cpu.encode import encode, encodes
 from kvfold.plan import Plan
-from kvfold.store.affine import Affine, scale_bounds, scale_grid
+from kvfold.site import Site
+from kvfold.store.affine import Affine
 from kvfold.store.base import Fields, TensorCodec
 from kvfold.store.dense import DenseCodec
 from kvfold.store.rotation import Rotated
+from kvfold.store.scales import scale_bounds, scale_grid
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="installed without a compiler")
 
@@ -95,13 +100,13 @@ def test_the_log_grid() -> None:
     grid = scale_grid("channel").double()
     torch.testing.assert_close(grid[:-24] / grid[24:], torch.full((232,), 2.0, dtype=torch.float64), rtol=1e-7, atol=0)
     for axis in ("token", "channel"):
-        bounds = scale_bounds(Affine(4, axis, symmetric=True, scales="log8"))  # type: ignore[arg-type]
+        bounds = scale_bounds(axis, nearest=True)  # type: ignore[arg-type]
         codes = torch.bucketize(1 / scale_grid(axis), bounds, right=True)  # type: ignore[arg-type]
         assert codes.tolist() == list(range(256))
 
 
 def test_plans_are_encoded_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    codec = Plan.parse("int4").store.codec(64, torch.bfloat16)
+    codec = Plan.parse("int4").store.codec(Site(64, torch.bfloat16))
     k, v = tokens((3, 2, 64, 64)).bfloat16(), tokens((3, 2, 64, 64), seed=1).bfloat16()
     assert dispatch.encoder_name(codec) == f"cpu-{cpu.chosen()}"
     got = dispatch.encode(codec, k, v)
@@ -136,3 +141,27 @@ def test_what_is_not_known_is_left_to_the_reference() -> None:
 def test_wrong_input_is_refused(codec: Affine, x: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"x must be|can't be held"):
         encode(codec, x)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_threads_without_memory_raise() -> None:
+    """What a worker's allocation throws reaches the caller, and the next call works."""
+    code = """
+import resource, torch
+from pathlib import Path
+from kvfold.kernels.cpu.encode import encode
+from kvfold.store.affine import Affine
+torch.set_num_threads(2)
+codec = Affine(4, "channel", 64)
+small, large = torch.zeros(4, 64, 64), torch.zeros(4, 2**16, 64)
+encode(codec, small)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 24 * 2**20,) * 2)
+try:
+    encode(codec, large)
+except MemoryError:
+    encode(codec, small)
+    raise SystemExit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, env=dict(os.environ), check=False)
+    assert done.returncode == 7

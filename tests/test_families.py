@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 import kvfold
 from kvfold.errors import ModelError
+from kvfold.lab.calibrate import calibrate
+from kvfold.models.layer import calibration_path
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -165,8 +168,9 @@ def _kl(model: PreTrainedModel, plan: str, ids: torch.Tensor) -> float:
     return float(F.kl_div(mine[0], full[0], log_target=True, reduction="batchmean"))
 
 
-def test_large_key_biases_do_no_harm() -> None:
+def test_large_key_biases_do_no_harm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Qwen2's k_proj biases go up to 158. They shift all keys alike, which a codec must not pay for."""
+    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path))  # where calibrations lie
     model = sharp_model("qwen2", gain=4.0, head_dim=64, hidden_size=256, num_attention_heads=4, num_key_value_heads=2)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -181,6 +185,9 @@ def test_large_key_biases_do_no_harm() -> None:
     assert by_token > 0.2, "the trap must be one"
     assert _kl(model, "int4", ids) < 0.1 * by_token
     assert _kl(model, "int8", ids) < 1e-3
+    assert _kl(model, "banded(4)", ids) < 0.1 * by_token
+    calibrate(model, [tokens(1, 512, seed=seed)[0] for seed in (1, 2)]).save(calibration_path(model))
+    assert _kl(model, "banded(4, calibrated=true)", ids) < 0.1 * by_token
 
 
 # -- models that can't be served ---------------------------------------------------------------------------------------------

@@ -78,6 +78,7 @@ def test_every_way_to_decode_runs_under_every_plan(model: PreTrainedModel, plan:
 
 
 @pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.usefixtures("exact_products")
 def test_beam_search_with_one_beam_by_hand(model: PreTrainedModel, plan: str) -> None:
     """Beams that never part are greedy search: repeating a sequence and reordering its copies changes nothing."""
     ids = tokens(1, 70)

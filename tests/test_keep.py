@@ -105,11 +105,26 @@ def test_dropping_equals_masking_on_gemma2(plan: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "store", ["int8", "int4(k_axis=token, rotate=none)", "kivi(int4, residual=8)", "fp8", "protect(window=5) | int4"]
+    "store",
+    [
+        "int8",
+        "int4(k_axis=token, rotate=none)",
+        "kivi(int4, residual=8)",
+        "fp8",
+        "protect(window=5) | int4",
+        "nf4(k_axis=token)",
+        "turboquant(3)",
+        "kvquant(4)",
+        "gear(int4, rank=2)",
+        "lowrank(50%, tokens=64)",
+        "lorc(codes=int8)",
+        "protect(window=5) | lorc",
+    ],
 )
 @pytest.mark.parametrize(
     "keep", ["window(80)", "h2o(40%)", "snapkv(90, window=8, heads=ada)", "random(50%)", "sink_window(sink=4, window=80)"]
 )
+@pytest.mark.usefixtures("exact_products")
 def test_any_keep_with_any_store(keep: str, store: str) -> None:
     """Packed tokens: the oracle sees what the codec decodes."""
     model = sharp_model()
@@ -120,7 +135,10 @@ def test_any_keep_with_any_store(keep: str, store: str) -> None:
         torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("plan", [*PLANS, "h2o(16) | int4", "window(16) | kivi(int8, residual=4)"])
+@pytest.mark.parametrize(
+    "plan", [*PLANS, "h2o(16) | int4", "window(16) | kivi(int8, residual=4)", "turboquant(3)", "h2o(16) | lorc"]
+)
+@pytest.mark.usefixtures("exact_products")
 def test_beams_are_sequences_of_their_own(plan: str) -> None:
     """Rows that are repeated, reordered and continued are as if each had been read alone."""
     model = sharp_model()
@@ -227,7 +245,7 @@ def test_memory_that_moves_between_heads_is_given_back() -> None:
         assert layer.body.pool.fields["k.x"].shape[0] <= -(-blocks * 9 // 8)
 
 
-@pytest.mark.parametrize("store", ["dense", "int8", "int4(k_axis=token)", "kivi(int4, residual=16)"])
+@pytest.mark.parametrize("store", ["dense", "int8", "int4(k_axis=token)", "kivi(int4, residual=16)", "gear(int4)"])
 @pytest.mark.parametrize("keep", ["h2o(96KiB)", "window(96KiB)", "h2o(96KiB, heads=ada)"])
 def test_a_budget_of_bytes_is_not_exceeded(keep: str, store: str) -> None:
     model = sharp_model()

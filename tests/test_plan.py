@@ -12,6 +12,7 @@ from kvfold.budget import Budget, LayerSplit
 from kvfold.catalog import STRATEGIES, resolve
 from kvfold.errors import PlanError
 from kvfold.keep.base import Share
+from kvfold.percent import Percent
 from kvfold.plan import Hybrid, Plan, Protect
 from kvfold.registry import STAGES, fields_of, methods, register
 from kvfold.store.base import Store
@@ -29,12 +30,16 @@ def _values(hint: Any) -> st.SearchStrategy[str]:
         return SHARES
     if hint is LayerSplit:
         return st.sampled_from(["uniform", "pyramid", "pyramid(7.5)", "weights(3, 2, 0.5)"])
+    if hint is Percent:
+        return st.sampled_from(["1%", "12.5%", "50%", "100%"])
     if hint is bool:
         return st.sampled_from(["true", "false"])
     if hint is int:
         return ODD
     if hint is Store:
-        return st.sampled_from(sorted(set(methods("store")) - {"mixed"})).flatmap(lambda n: _call(n, methods("store")[n]))
+        return st.sampled_from(sorted(set(methods("store")) - {"mixed", "gear"})).flatmap(
+            lambda n: _call(n, methods("store")[n])
+        )
     assert typing.get_origin(hint) is Literal, f"no values for arguments of type {hint}"
     return st.sampled_from([str(choice) for choice in typing.get_args(hint)])
 
@@ -67,8 +72,9 @@ def plans(draw: st.DrawFn) -> str:
     if not stages or draw(st.booleans()):
         if draw(st.booleans()):
             stages.append(draw(_call("protect", Protect)))
-        if draw(st.booleans()):
-            stages.append(draw(_call("hybrid", Hybrid)))
+        by_layer = draw(st.sampled_from(["", "hybrid", "layers(0-1+4=int8, 3=fp8)"]))
+        if by_layer:
+            stages.append(by_layer if by_layer.startswith("layers") else draw(_call("hybrid", Hybrid)))
         name = draw(st.sampled_from(sorted(methods("store"))))
         stages.append(draw(_call(name, methods("store")[name])))
     # Bytes count for all layers alike: what treats layers differently is refused beside them, as other tests hold.
@@ -108,7 +114,8 @@ def test_every_layer_of_a_plan_has_a_codec(text: str) -> None:
     for index in range(5):
         layer = plan.layer(index, 5)
         edge = plan.hybrid is not None and min(index, 4 - index) < plan.hybrid.edge
-        assert layer.store == (plan.hybrid.edge_store if edge and plan.hybrid else plan.store)
+        own = plan.layers.store(index, 5) if plan.layers else None
+        assert layer.store == (plan.hybrid.edge_store if edge and plan.hybrid else own or plan.store)
         assert layer.keep == (plan.keep if plan.keep and index >= plan.keep.skip else None)
         assert layer.tier == plan.tier
         assert layer.read == (plan.read if plan.read and index >= plan.read.skip else None)
@@ -127,7 +134,7 @@ NOISE = st.lists(
 @given(st.one_of(st.text(max_size=40), NOISE))
 @settings(max_examples=400)
 def test_garbage_raises_nothing_but_plan_errors(text: str) -> None:
-    for read in (Plan.parse, resolve, Budget.parse, Share.parse):
+    for read in (Plan.parse, resolve, Budget.parse, Share.parse, Percent.parse):
         with contextlib.suppress(PlanError):
             read(text)
 
@@ -163,6 +170,8 @@ def test_what_is_no_budget_and_no_share(text: str) -> None:
         Budget.parse(text)
     with pytest.raises(PlanError):
         Share.parse(text)
+    with pytest.raises(PlanError):
+        Percent.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -171,10 +180,19 @@ def test_what_is_no_budget_and_no_share(text: str) -> None:
         ("int5", ["int5", "did you mean 'int"]),
         ("int4 | int8", ["two store stages"]),
         ("h2o(25%) | snapkv(25%)", ["two keep stages"]),
-        ("int4 | h2o(25%)", ["too late", "keep | protect | hybrid | store"]),
+        ("int4 | h2o(25%)", ["too late", "keep | protect | hybrid | layers | store"]),
         ("hybrid | protect | int4", ["too late"]),
         ("protect(sink=4)", ["needs a codec", "protect | int4"]),
         ("hybrid(edge=2)", ["needs a codec"]),
+        ("layers(0=int8)", ["needs a codec"]),
+        ("layers(0=int8) | hybrid | int4", ["too late"]),
+        ("hybrid | layers(0=int8) | int4", ["both choose codecs by layer"]),
+        ("layers | int4", ["which layers"]),
+        ("layers(int8) | int4", ["needs its layers", "layers(0-1+17=int8)"]),
+        ("layers(one=int8) | int4", ["'one' names no layers"]),
+        ("layers(3-1=int8) | int4", ["'3-1' names no layers"]),
+        ("layers(0-4+2=int8) | int4", ["'2' names a layer that has a codec"]),
+        ("layers(0=int9) | int4", ["not a codec", "did you mean 'int"]),
         ("full | int4", ["stands alone"]),
         ("full(1)", ["stands alone"]),
         ("h2o", ["'budget' is missing", "h2o(25%)"]),
@@ -193,6 +211,12 @@ def test_what_is_no_budget_and_no_share(text: str) -> None:
         ("h2o(0MiB)", ["keeps nothing"]),
         ("h2o(101%)", ["more than the whole context", "100%"]),
         ("h2o(many)", ["not a budget", "25%", "64MiB"]),
+        ("kvquant(3, outliers=1)", ["not a share", "1%"]),
+        ("lowrank(0%)", ["holds nothing"]),
+        ("lorc(50%, last=0%)", ["holds nothing"]),
+        ("gear(int4, rank=0, outliers=0%)", ["repair nothing"]),
+        ("gear(int4, rank=65)", ["more than the 64 tokens"]),
+        ("turboquant(5)", ["2, 3, 4"]),
         ("h2o(4, sink=4)", ["leaves nothing beside 4 sinks"]),
         ("h2o(16, sink=8, recent=9)", ["exceed the budget"]),
         ("snapkv(16, window=32)", ["exceed the budget"]),
@@ -273,6 +297,15 @@ def test_what_strategies_change() -> None:
         "minicache_int8": "which layers hold tokens",
         "retrieval": "where tokens are",
     }
+
+
+def test_layers_have_the_codecs_that_are_named_for_them() -> None:
+    plan = Plan.parse("layers(0-1+4=int8, 3=fp8(e5m2)) | int4(sink=2)")
+    names = [plan.layer(index, 6).store.name for index in range(6)]
+    assert names == ["int8", "int8", "int4", "fp8", "int8", "int4"]
+    assert [plan.layer(index, 6).sink for index in range(6)] == [4, 4, 2, 0, 4, 2]
+    with pytest.raises(PlanError, match=r"no layer 4; this model's are 0 to 3"):
+        plan.layer(0, 4)
 
 
 def test_a_name_is_registered_once() -> None:

@@ -25,7 +25,7 @@ PAIRS = [
     ("int4", "tier(device=80, host)"),
     ("int4", "tier(device=64, host=128, disk)"),
     ("full", "tier(device=25%, disk)"),
-    ("int8(k_axis=token)", "tier(device=500KiB, host=100KiB, disk)"),
+    ("int8(k_axis=token)", "tier(device=260KiB, host=100KiB, disk)"),
     ("protect(sink=3, window=9) | kivi(int4)", "tier(device=64, disk)"),
     ("h2o(60%) | int8(k_axis=token)", "tier(device=64, host=64, disk)"),
     ("snapkv(200, window=8) | kivi(int4, residual=8)", "tier(device=64, host)"),
@@ -57,7 +57,8 @@ def test_a_tier_changes_nothing_but_where_tokens_are(base: str, tier: str) -> No
     cache = kvfold.cache(model, with_tiers(base, tier))
     mine = chunked(model, cache, ids, mask, sizes)
     theirs = chunked(model, kvfold.cache(model, base), ids, mask, sizes)
-    torch.testing.assert_close(mine[mask.bool()], theirs[mask.bool()], atol=5e-3, rtol=1e-3)
+    mine, theirs = mine[mask.bool()], theirs[mask.bool()]
+    assert (mine - theirs).norm() <= 1e-3 * theirs.norm()
     assert all(bool((pool.where > DEVICE).any()) for pool in pools(cache)), "nothing has left the device"
 
 
@@ -95,7 +96,7 @@ def test_beams_crops_and_resets(unit: str) -> None:
             cache.reset()
             assert cache.nbytes == held_bytes(cache, but=model) == 0
         outputs.append(torch.cat(logits, 1))
-    torch.testing.assert_close(outputs[0], outputs[1], atol=2e-3, rtol=1e-3)
+    assert (outputs[0] - outputs[1]).norm() <= 1e-3 * outputs[0].norm()
 
 
 def test_a_saved_cache_goes_on(tmp_path: Path) -> None:
@@ -231,17 +232,18 @@ def test_a_damaged_file_is_named_and_the_cache_can_be_used_again(harm, words: st
 def _count(stage: Stage) -> list[int]:
     """How many blocks are fetched from now on, request by request."""
     fetched: list[int] = []
-    submit = stage._submit
+    prepared = stage._prepared
 
     def counted(pool, request):  # type: ignore[no-untyped-def]
         fetched.append(len(request.ids))
-        return submit(pool, request)
+        return prepared(pool, request)
 
-    stage._submit = counted  # type: ignore[method-assign]
+    stage._prepared = counted  # type: ignore[method-assign]
     return fetched
 
 
-def test_each_block_is_fetched_once_a_step_and_the_next_layer_ahead() -> None:
+def test_each_block_is_fetched_once_a_step_and_the_next_layer_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvfold.tier.pool.STAGED_TOKENS", 1024)
     model = sharp_model(num_hidden_layers=3)
     cache = kvfold.cache(model, "int4 | tier(device=64, host=64, disk)")
     chunked(model, cache, tokens(1, 2300), None, [2300])
@@ -289,7 +291,7 @@ class TieredMachine(BlocksMachine):
     def spill(self) -> None:
         pool = self.blocks.pool
         assert isinstance(pool, TieredPool)
-        pool.spill([10**6] * self.rows, torch.zeros(self.rows, dtype=torch.long), 0)
+        pool.spill([10**6] * self.rows)
         used = pool.table[pool.table >= 0].unique()
         owned = max(pool.num_blocks())
         assert bool((pool.where[used] >= 0).all())

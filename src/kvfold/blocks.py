@@ -24,14 +24,17 @@ class Blocks(BlockReader):
 
     # -- what changes ----------------------------------------------------------------------------------------------------
 
-    def append(self, run: Run) -> None:
-        """Stores a run. For a codec whose unit is the block, every row brings whole blocks (or none)."""
+    def append(self, run: Run, positions: torch.Tensor | None = None) -> None:
+        """Stores a run. For a codec whose unit is the block, every row brings whole blocks (or none).
+
+        `positions [R, N] int` are RoPE's of the run's tokens, for a codec that needs them.
+        """
         if run.width == 0:
             return
         if self.contiguous and not self._continues(run):
             self._keep_slots()
         if self.unit == "token":
-            self._write_tokens(run)
+            self._write_tokens(run, positions)
         else:
             self._write_blocks(run)
 
@@ -48,10 +51,12 @@ class Blocks(BlockReader):
         self._write_by_row(self.pool.slots, slots)
         self.lengths = (slots >= 0).sum(1).tolist()
 
-    def replace(self, place: torch.Tensor, run: Run, rows: torch.Tensor | None = None) -> None:
+    def replace(
+        self, place: torch.Tensor, run: Run, rows: torch.Tensor | None = None, positions: torch.Tensor | None = None
+    ) -> None:
         """Overwrites one token of each row (or of `rows [n]`), at `place [n] long`, with the one of `run`.
 
-        For codecs whose unit is the token.
+        For codecs whose unit is the token. `positions [n, 1]` as for `append`.
         """
         pool = self.pool
         if self.contiguous:
@@ -59,7 +64,7 @@ class Blocks(BlockReader):
         pool.own()
         table = pool.table if rows is None else pool.table[rows]
         addresses = table.gather(1, (place // pool.block)[:, None])[:, 0] * pool.block + place % pool.block
-        encoded = dispatch.encode(self.codec, run.k, run.v)
+        encoded = dispatch.encode(self.codec, run.k, run.v, positions)
         pool.write_tokens(addresses, {name: x[:, 0] for name, x in encoded.items()})
         pool.slots.view(-1).index_copy_(0, addresses, run.slots[:, 0])
         if run.score is not None:
@@ -138,11 +143,11 @@ class Blocks(BlockReader):
         self.pool.keep_slots(slots)
         self.starts = None
 
-    def _write_tokens(self, run: Run) -> None:
+    def _write_tokens(self, run: Run, positions: torch.Tensor | None) -> None:
         pool = self.pool
         counts = run.counts()
         place = self._next_places(counts, run.width) if self.contiguous else self._free_places(counts, run.width)
-        encoded = dispatch.encode(self.codec, run.k, run.v)
+        encoded = dispatch.encode(self.codec, run.k, run.v, positions)
         slots, score = run.slots, run.score
         if bool((counts == run.width).all()):
             addresses = pool.places(place).flatten()

@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 
 from kvfold.errors import PlanError
+from kvfold.percent import PERCENT
 
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 # Nine digits are enough for any cache, and never overflow.
 WHOLE = re.compile(r"[0-9]{1,9}")
 NUMBER = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
-PERCENT = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)%")
 _BYTES = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(B|KiB|MiB|GiB)")
 
 HeadSplit = Literal["uniform", "ada"]
@@ -70,22 +70,6 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Percent:
-    """A share of anything but tokens, from 0 to 1: written `50%`."""
-
-    value: float
-
-    @staticmethod
-    def parse(text: str) -> "Percent":
-        if (match := PERCENT.fullmatch(text)) and float(match[1]) <= 100:
-            return Percent(float(match[1]) / 100)
-        raise PlanError(f"'{text}' is not a share from 0% to 100%")
-
-    def __str__(self) -> str:
-        return f"{self.value * 100:g}%"
-
-
-@dataclass(frozen=True)
 class Room:
     """What a place below the device may hold: nothing, a budget, or all that is left (its bare name in a plan)."""
 
@@ -102,22 +86,27 @@ class Cost:
     """What tokens take, to turn bytes into tokens.
 
     Attributes:
-        rows: KV heads of all sequences and layers, between which the bytes are shared.
+        num_layers: layers that share a budget.
+        rows: KV heads of all sequences.
         block: tokens a block.
         block_bytes: of one block, with all that belongs to it.
         dense_bytes: of a row's tokens that are not in blocks, at their most.
+        fixed_bytes: of what a layer holds whatever the number of tokens.
     """
 
+    num_layers: int
     rows: int
     block: int
     block_bytes: int
     dense_bytes: int
+    fixed_bytes: int
 
     def blocks(self, budget: Budget) -> int:
         """Whole blocks of a row that fit into a budget of bytes. PlanError when there is not even one."""
-        blocks = int((budget.value / self.rows - self.dense_bytes) // self.block_bytes)
+        in_layer = budget.value / self.num_layers - self.fixed_bytes
+        blocks = int((in_layer / self.rows - self.dense_bytes) // self.block_bytes)
         if blocks < 1:
-            least = (self.dense_bytes + self.block_bytes) * self.rows
+            least = ((self.dense_bytes + self.block_bytes) * self.rows + self.fixed_bytes) * self.num_layers
             raise PlanError(f"{budget} is too little for this plan: it needs {least / 2**20:.1f}MiB at least")
         return blocks
 

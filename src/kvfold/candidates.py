@@ -47,17 +47,17 @@ class Candidates:
         body, chunk = self.body, self.chunk
         return body.unit == "token" and body.width > 0 and self.recent.width == 0 and chunk.width == 1 and chunk.whole
 
-    def replace(self, victim: torch.Tensor) -> Run:
+    def replace(self, victim: torch.Tensor, positions: torch.Tensor | None = None) -> Run:
         """The new token of each row takes the place of `victim [R] long`; where it is itself the victim, it is gone.
 
-        Returns what is left of the chunk: nothing.
+        `positions [R, 1]`: of the new tokens, for a codec that needs them. Returns what is left of the chunk: nothing.
         """
         stays = victim < self.body.width
         if bool(stays.all()):
-            self.body.replace(victim, self.chunk)
+            self.body.replace(victim, self.chunk, None, positions)
         else:
             rows = stays.nonzero()[:, 0]
-            self.body.replace(victim[rows], self.chunk.rows(rows), rows)
+            self.body.replace(victim[rows], self.chunk.rows(rows), rows, None if positions is None else positions[rows])
         return empty_chunk(self.chunk)
 
     def keep_only(self, stays: torch.Tensor | None) -> tuple[Run, Run]:

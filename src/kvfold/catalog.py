@@ -69,7 +69,14 @@ _INFLLM = "InfLLM, arxiv.org/abs/2402.04617"
 _MINICACHE = "MiniCache, arxiv.org/abs/2405.14366"
 _CLA = "Cross-Layer Attention, arxiv.org/abs/2405.12981"
 _FLEXGEN = "FlexGen, arxiv.org/abs/2303.06865"
+_KVTC = "KVTC, arxiv.org/abs/2511.01815"
 _QUAROT = "QuaRot, arxiv.org/abs/2404.00456"
+
+_TURBOQUANT = "TurboQuant, arxiv.org/abs/2504.19874"
+_KVQUANT = "KVQuant, arxiv.org/abs/2401.18079"
+_GEAR = "GEAR, arxiv.org/abs/2403.05527"
+_SHADOWKV = "ShadowKV, arxiv.org/abs/2410.21465"
+_LORC = "LoRC, arxiv.org/abs/2410.03111"
 
 _ALL = (
     Strategy("full", "full", "every token, in the model's own type"),
@@ -106,6 +113,19 @@ _ALL = (
     Strategy("kivi2", "kivi(int2)", "KIVI as published, 2 bits", _KIVI, demo=False),
     Strategy("fp8", "fp8(e4m3)", "8-bit floats, a scale a token", "FP8 formats, arxiv.org/abs/2209.05433"),
     Strategy("fp8_e5m2", "fp8(e5m2)", "8-bit floats of wider range", "FP8 formats, arxiv.org/abs/2209.05433", demo=False),
+    Strategy("banded", "banded(2.5)", "about 2 bits: normal levels by channel, a few entries mended", _KVTC, demo=False),
+    Strategy("nf4", "nf4", "4-bit codes at quantiles of a normal distribution", "QLoRA, arxiv.org/abs/2305.14314", demo=False),
+    Strategy("fp4", "fp4", "4-bit floats", "OCP Microscaling Formats 1.0", demo=False),
+    Strategy("turboquant4", "turboquant(4)", "rotated at random, Lloyd-Max levels, 4 bits", _TURBOQUANT, demo=False),
+    Strategy("turboquant3", "turboquant(3)", "the same, 3 bits", _TURBOQUANT, demo=False),
+    Strategy("turboquant2", "turboquant(2)", "the same, 2 bits", _TURBOQUANT, demo=False),
+    Strategy("kvquant", "kvquant(3)", "3-bit levels fitted to each block, sparse outliers", _KVQUANT, demo=False),
+    Strategy("gear", "gear(int4, rank=4, outliers=1%)", "int4, its outliers and a low rank of its errors", _GEAR, demo=False),
+    Strategy("gear_h2o", "h2o(50%) | gear(int4)", "half of the tokens, then GEAR", f"{_H2O}; {_GEAR}", demo=False),
+    Strategy("lowrank", "lowrank(50%)", "the prompt's own principal directions", _SHADOWKV, demo=False),
+    Strategy("lorc", "lorc", "subspaces of the projections, fewer dimensions in late layers", _LORC, demo=False),
+    Strategy("lorc_fp16", "lorc(codes=half)", "the same, coordinates in half precision", _LORC, demo=False),
+    Strategy("lorc_8bit", "lorc(codes=int8)", "the same, coordinates in 8 bits", _LORC, demo=False),
     Strategy("hybrid", "hybrid(edge=2, edge_store=int8) | int4", "int4, but int8 in the first and last two layers"),
     Strategy("h2o", "h2o(25%)", "heavy hitters and recent tokens, a quarter in all", _H2O),
     Strategy("h2o_int4", "h2o(50%) | int4", "half of the tokens, in int4", f"{_H2O}; {_KIVI}", demo=False),
@@ -147,7 +167,11 @@ _ALL = (
         "infllm", "infllm(25%)", "all tokens; a step reads the quarter that representatives point to", _INFLLM, demo=False
     ),
     Strategy(
-        "minicache", "minicache(start=50%)", "upper layers in pairs: one direction, two magnitudes", _MINICACHE, demo=False
+        "minicache",
+        "minicache(start=50%)",
+        "upper layers in pairs: one direction, two magnitudes; SmolLM2's layers are too unlike",
+        _MINICACHE,
+        demo=False,
     ),
     Strategy(
         "minicache_int8",
@@ -156,7 +180,13 @@ _ALL = (
         _MINICACHE,
         demo=False,
     ),
-    Strategy("layer_sharing", "share(start=50%)", "every second upper layer uses its neighbour's tokens", _CLA, demo=False),
+    Strategy(
+        "layer_sharing",
+        "share(start=50%)",
+        "every second upper layer uses its neighbour's tokens; for models trained so",
+        _CLA,
+        demo=False,
+    ),
     Strategy(
         "hierarchical",
         "int4 | tier(device=25%, host=25%, disk)",

@@ -1,5 +1,6 @@
 """The cache of a model: its layers, its bytes."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,8 +9,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
+from kvfold import layer_state
 from kvfold.keep.base import Pins
 from kvfold.layer_cache import LayerCache
+from kvfold.layers import make_layers
 from kvfold.plan import Plan
 
 
@@ -88,6 +91,22 @@ class KVCache(Cache):
     def memory(self) -> "Memory":
         """Bytes by layer and component."""
         return Memory.of(self)
+
+    def copy(self) -> "KVCache":
+        """Another cache of the same tokens, in memory of its own: each can go on without the other."""
+        twins = iter(make_layers(self.plan, [layer.site for layer in self.layers if isinstance(layer, LayerCache)]))
+        layers: list[LayerCache | DynamicSlidingWindowLayer] = []
+        for layer in self.layers:
+            if not isinstance(layer, LayerCache):
+                layers.append(copy.deepcopy(layer))
+                continue
+            twin = next(twins)
+            tensors, numbers = layer_state.state(layer)
+            own = {name: tensor.clone() for name, tensor in tensors.items()}
+            if layer.is_initialized:
+                layer_state.restore(twin, own, copy.deepcopy(numbers), layer.dtype, layer.device)
+            layers.append(twin)
+        return KVCache(self.plan, layers, self.fingerprint)
 
     def save(self, path: Any) -> None:
         """Writes the cache to a file. See `kvfold.persist`."""

@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from kvfold import positions
 from kvfold.attention import dispatch
 from kvfold.attention.reference import Partial, Query, merge
 from kvfold.blocks import Blocks
 from kvfold.budget import Cost
 from kvfold.candidates import Candidates, empty_chunk
+from kvfold.errors import PlanError
 from kvfold.eviction import Eviction
 from kvfold.handle import Handle, SeenLength
 from kvfold.keep.base import Moment
@@ -24,7 +26,7 @@ from kvfold.plan import LayerPlan
 from kvfold.pool import BlockPool
 from kvfold.segment import Run, Segment, join
 from kvfold.site import Site
-from kvfold.tier.pool import TieredPool
+from kvfold.tail import Tail
 
 
 class LayerCache(CacheLayerMixin):
@@ -39,12 +41,12 @@ class LayerCache(CacheLayerMixin):
     runs: ClassVar[tuple[str, ...]] = ("sink", "recent")
     """The dense segments, by name."""
     sink: Run
-    recent: Run
 
     def __init__(self, site: Site, plan: LayerPlan, pool: Callable[..., BlockPool] = BlockPool):
         super().__init__()
         self.site, self.plan, self._new_pool = site, plan, pool
-        self.codec = plan.store.codec(site)
+        self.codec, self.frame = plan.store.codec(site), plan.store.frame(site)
+        self._check(plan)
         keep = plan.keep
         self.rope = site.model.rope() if keep and (keep.reindex or keep.needs_rope) and site.model else None
         self.eviction = Eviction(keep, site, plan.sink, plan.pins, self.rope) if keep else None
@@ -52,6 +54,21 @@ class LayerCache(CacheLayerMixin):
         self.is_croppable = plan.keep is None
         self.num_seen = 0
         self.num_real: list[int] = []  # tokens seen that are not padding, for each sequence
+        self._tail: Tail | None = None
+
+    def _check(self, plan: LayerPlan) -> None:
+        """Raises PlanError for what the codec of this layer can't go with."""
+        if self.codec.positional and plan.read:
+            raise PlanError(f"'{plan.read.name}' writes whole blocks, and '{plan.store.name}' encodes token by token")
+        if self.frame and plan.keep and plan.keep.reindex:
+            raise PlanError(
+                f"'{plan.store.name}' holds keys in other coordinates, in which they can't be re-indexed: add reindex=false"
+            )
+        if self.frame and plan.keep and plan.keep.reads_vectors:
+            raise PlanError(
+                f"'{plan.store.name}' holds keys and values in other coordinates, in which '{plan.keep.name}' can't judge "
+                "them: choose a policy that goes by attention, or another codec"
+            )
 
     # -- the contract with transformers ----------------------------------------------------------------------------------
 
@@ -61,9 +78,9 @@ class LayerCache(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         rows = batch * heads
         for name in self.runs:
-            run = Run.empty(rows, head_dim, self.dtype, self.device, scored=name == "recent" and self.plan.scored)
-            setattr(self, name, run)
-        self.body = self._new_body(rows)
+            setattr(self, name, Run.empty(rows, head_dim, self.dtype, self.device, name == "recent" and self.plan.scored))
+        self._nothing = self.recent
+        self._body = self._new_body(rows)
         self.num_real = [0] * batch
         if self.eviction:
             self.eviction.initialize(rows, self.device)
@@ -109,7 +126,8 @@ class LayerCache(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets all tokens and gives their memory back."""
         self.num_seen, self.num_real, self.is_initialized = 0, [], False
-        for name in (*self.runs, "body"):
+        self._tail = None
+        for name in (*self.runs, "_recent", "_body", "_nothing"):
             self.__dict__.pop(name, None)
         if self.eviction:
             self.eviction.reset()
@@ -123,13 +141,11 @@ class LayerCache(CacheLayerMixin):
             raise ValueError("crop takes the number of tokens to remove as a negative number")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        end = max(0, self.num_seen + tokens_to_remove)
-        removed = self.num_seen - end
-        self.num_seen = end
+        removed = min(self.num_seen, -tokens_to_remove)
+        self.num_seen = end = self.num_seen - removed
         self.num_real = [max(0, n - removed) for n in self.num_real]
         for name in self.runs:
-            run: Run = getattr(self, name)
-            setattr(self, name, run.where(run.slots < end))
+            setattr(self, name, (run := getattr(self, name)).where(run.slots < end))
         if rest := self.body.crop(end):
             score = torch.zeros_like(rest.slots, dtype=torch.float32) if self.plan.scored else None
             self.recent = join(Run(rest.k.to(self.dtype), rest.v.to(self.dtype), rest.slots, score), self.recent)
@@ -146,8 +162,8 @@ class LayerCache(CacheLayerMixin):
         if not self.is_initialized:
             return
         indices = indices.to(self.device)
-        heads = torch.arange(self.site.num_kv_heads, device=self.device)
-        rows = (indices[:, None] * len(heads) + heads).flatten()
+        num_heads = self.site.num_kv_heads
+        rows = (indices[:, None] * num_heads + torch.arange(num_heads, device=self.device)).flatten()
         for name in self.runs:
             setattr(self, name, getattr(self, name).rows(rows))
         self.body.select_rows(rows)
@@ -156,10 +172,63 @@ class LayerCache(CacheLayerMixin):
             self.eviction.select_rows(rows)
             self.eviction.cost = self._cost()
 
+    # -- tokens that come one by one -------------------------------------------------------------------------------------
+
+    @property
+    def body(self) -> Blocks:
+        self._close_tail()
+        return self._body
+
+    @property
+    def recent(self) -> Run:
+        self._close_tail()
+        return self._recent
+
+    @recent.setter
+    def recent(self, run: Run) -> None:
+        self._recent = run
+
+    def tail(self) -> Tail | None:
+        """Where the next token of every sequence goes if nothing else is to happen; None when it has to go the long way."""
+        if self._tail is not None and self._tail.left > 0:
+            return self._tail
+        if not (self.is_initialized and self._plain) or any(n != self.num_seen for n in self.num_real):
+            return None
+        if self.plan.sink and not (self.sink.whole and self.sink.width == self.plan.sink):
+            return None
+        self._close_tail()
+        self._tail = Tail.open(self.sink, self._body, self._recent, self.plan.window)
+        return self._tail
+
+    def took(self, tail: Tail) -> None:
+        """Counts the token that the compiled step has put into the tail."""
+        tail.take()
+        self.num_seen += 1
+        self.num_real = [n + 1 for n in self.num_real]
+
+    def _close_tail(self) -> None:
+        tail, self._tail = self._tail, None
+        if tail is None or not tail.taken:
+            return
+        if tail.in_body:
+            self._body.lengths = [n + tail.taken for n in self._body.lengths]
+        else:
+            self._recent = self._recent.longer(tail.taken)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._close_tail()
+        return self.__dict__
+
     # -- attention -------------------------------------------------------------------------------------------------------
 
     def attend(
-        self, handle: Handle, q: torch.Tensor, padding: torch.Tensor | None, scaling: float, softcap: float | None
+        self,
+        handle: Handle,
+        q: torch.Tensor,
+        padding: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of a chunk over everything held and over itself; then the plan is applied to the chunk.
 
@@ -168,6 +237,7 @@ class LayerCache(CacheLayerMixin):
             padding: `[B, seen] bool`, False for padding, or None.
             scaling: what scores are multiplied with.
             softcap: Gemma 2's cap of the scores, or None.
+            position_ids: `[B or 1, Q] long`, where RoPE has turned queries and keys to, or None where it is not known.
 
         Returns:
             `[B, Q, Hq, D]`, in the type of q.
@@ -179,12 +249,17 @@ class LayerCache(CacheLayerMixin):
         before = self.num_real
         slots = torch.arange(first, self.num_seen, device=q.device)
         real = None if padding is None else padding[:, first : self.num_seen]
+        if self.frame and softcap is not None:
+            raise PlanError(f"'{self.plan.store.name}' shifts scores, and this model caps them: choose another codec")
         chunk = self._chunk(handle, slots, real)
+        by_row = (q.float() * scaling).reshape(rows, groups * num_queries, head_dim)
         new = [after - n for after, n in zip(self.num_real, before, strict=True)]
         moment = Moment(self.num_seen, self.num_real, new, padding)
-        ranks = moment.ranks(num_queries, q.device) if self.plan.keep else None
+        ranks = moment.ranks(num_queries, q.device) if self.plan.keep or self.codec.positional else None
+        if self.codec.positional:
+            positions.check(position_ids, ranks, real)
         query = Query(
-            q=(q.float() * scaling).reshape(rows, groups * num_queries, head_dim),
+            q=self.frame.queries(by_row) if self.frame else by_row,
             slots=slots,
             num_groups=groups,
             first_visible=self._first_visible(slots, ranks, padding),
@@ -192,6 +267,8 @@ class LayerCache(CacheLayerMixin):
         )
         if not self.looks_back:
             chunk = self._fill_sinks(chunk)
+        if self._joins_first:
+            chunk, self.recent = join(self.recent, chunk), self._nothing
         result = self._attend_all(query, chunk, ranks)
         lse = result.lse
         if real is not None:  # padding asks nothing: no token gains by its queries
@@ -201,14 +278,26 @@ class LayerCache(CacheLayerMixin):
             self._look_back(query, lse, moment)
         else:
             self._settle(query, chunk, lse, moment)
-        out = result.out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
+        out = self.frame.outputs(result.out) if self.frame else result.out
+        out = out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
         return out.transpose(1, 2).to(q.dtype)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether nothing but sinks, window and codec has a say in where a token goes."""
+        held_apart = self.frame or self.codec.positional
+        return type(self) is LayerCache and not (self.plan.keep or self.plan.read or self.plan.tier or held_apart)
+
+    @property
+    def _joins_first(self) -> bool:
+        """Whether new tokens join the recent ones before they are attended to: one segment less."""
+        return self._plain and (self.body.unit == "block" or self.plan.window > 0)
 
     def _chunk(self, handle: Handle, slots: torch.Tensor, real: torch.Tensor | None) -> Run:
         """The new tokens as a run, without padding."""
         batch, heads, num_new, head_dim = handle.k.shape
-        k = handle.k.reshape(batch * heads, num_new, head_dim)
-        v = handle.v.reshape(batch * heads, num_new, head_dim)
+        k, v = (self.frame.keys(handle.k), self.frame.values(handle.v)) if self.frame else (handle.k, handle.v)
+        k, v = (x.reshape(batch * heads, num_new, head_dim) for x in (k, v))
         new_slots = slots.int().expand(batch * heads, -1)
         if real is not None and not bool(real.all()):
             mask = real.repeat_interleave(heads, 0)
@@ -271,14 +360,9 @@ class LayerCache(CacheLayerMixin):
         read, pool = self.plan.read, self.body.pool
         columns = None
         if read and len(query.slots) <= read.queries:
-            budget = torch.tensor([read.budget.tokens(n) for n in self.num_real], device=self.device)
             dense = self.sink.counts() + self.recent.counts() + chunk.counts()
-            allowed = (budget.repeat_interleave(self.site.num_kv_heads) - dense) // pool.block
-            columns = read.choose(query.q, pool.table, pool.summary, allowed)
-        if columns is None and pool.in_one_place:
-            yield self.body
-        else:
-            yield from self.body.parts(columns)
+            columns = read.choose(query.q, pool.table, pool.summary, read.blocks(self.num_real, dense, pool.block))
+        yield from [self.body] if columns is None and pool.in_one_place else self.body.parts(columns)
 
     def _moving(self, chunk: Run) -> list[Segment]:
         """What a keep policy chooses from, oldest first."""
@@ -304,11 +388,8 @@ class LayerCache(CacheLayerMixin):
             for run in (self.recent, chunk):
                 assert run.score is not None
                 run.score = self.plan.read.observe(run.score, run.k, run.slots.long(), q, query.slots)
-        self._store(chunk)
-        if isinstance(self.body.pool, TieredPool):
-            runs = [getattr(self, name) for name in self.runs]
-            dense_bytes = sum(x.nbytes for run in runs for x in run.tensors().values())
-            self.body.pool.spill(self.num_real, self.sink.counts() + self.recent.counts(), dense_bytes)
+        self._store(chunk, moment.padding)
+        self.body.pool.spill(self.num_real, self.sink, self.recent)
 
     def _evict(self, eviction: Eviction, query: Query, chunk: Run, lse: torch.Tensor, moment: Moment) -> Run:
         """Lets the keep policy learn from a chunk and choose among all tokens but the sinks; what is to be stored of it."""
@@ -318,7 +399,7 @@ class LayerCache(CacheLayerMixin):
         if eviction.keep.reconstructs and len(query.slots) > 1:
             return chunk  # `evict` is called once the chunk has been read again
         if self.plan.window == 0 and held.one_can_replace_one and (victim := eviction.choose_one(held, ctx)) is not None:
-            return held.replace(victim)
+            return held.replace(victim, self._positions(chunk, moment.padding))
         self.recent, chunk = held.keep_only(eviction.choose(held, ctx))
         return chunk
 
@@ -337,10 +418,10 @@ class LayerCache(CacheLayerMixin):
         if self.eviction and held.parts:
             self.eviction.look_back(held, query, lse, self.eviction.context(held, moment, self.sink.num_tokens()))
 
-    def _store(self, chunk: Run) -> None:
+    def _store(self, chunk: Run, padding: torch.Tensor | None) -> None:
         """New tokens join the recent ones; what is older than the dense window is encoded."""
         if self.body.unit == "token" and self.plan.window == 0:
-            self.body.append(chunk)
+            self.body.append(chunk, self._positions(chunk, padding))
             self.body.tidy()
             return
         dense = join(self.recent, chunk)
@@ -351,21 +432,26 @@ class LayerCache(CacheLayerMixin):
         excess = (dense.counts() - self.plan.window).clamp_min(0) // unit * unit
         if bool((excess > 0).any()):
             old, dense = dense.split(excess)
-            self.body.append(old)
+            self.body.append(old, self._positions(old, padding))
             self.body.tidy()
         self.recent = dense.owned()
 
+    def _positions(self, run: Run, padding: torch.Tensor | None) -> torch.Tensor | None:
+        return positions.of(run.slots, padding, self.site.num_kv_heads) if self.codec.positional else None
+
     def _cost(self) -> Cost | None:
-        """What the tokens of all layers like this one take, where the budget is one of bytes."""
+        """What the tokens of a layer like this one take, where the budget is one of bytes."""
         if self.plan.keep is None or self.plan.keep.budget.unit != "bytes":
             return None
         head_dim, block = self.site.head_dim, self.codec.block
         num_dense = self.plan.sink + self.plan.window + (block - 1 if self.codec.unit == "block" else 0)
         return Cost(
-            rows=self.batch_size * self.site.num_kv_heads * self.site.num_layers,
+            num_layers=self.site.num_layers,
+            rows=self.batch_size * self.site.num_kv_heads,
             block=block,
             block_bytes=self.body.block_bytes(head_dim),
             dense_bytes=num_dense * (2 * head_dim * self.dtype.itemsize + 4 + 4 * self.plan.keep.scored),
+            fixed_bytes=sum(x.nbytes for x in self.codec.constants().values()),
         )
 
     # -- what is there ---------------------------------------------------------------------------------------------------
@@ -377,12 +463,12 @@ class LayerCache(CacheLayerMixin):
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that the layer holds, named by its segment and purpose."""
+        for name, tensor in self.codec.constants().items():
+            yield f"codec.{name}", tensor
         if self.is_initialized:
-            for name in self.runs:
-                for purpose, tensor in getattr(self, name).tensors().items():
+            for name, segment in [*((run, getattr(self, run)) for run in self.runs), ("body", self.body.pool)]:
+                for purpose, tensor in segment.tensors().items():
                     yield f"{name}.{purpose}", tensor
-            for purpose, tensor in self.body.pool.tensors().items():
-                yield f"body.{purpose}", tensor
             for purpose, tensor in (self.eviction.state if self.eviction else {}).items():
                 yield f"keep.{purpose}", tensor
 

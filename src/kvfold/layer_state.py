@@ -33,7 +33,8 @@ def restore(
     layer.num_seen, layer.num_real = numbers["num_seen"], list(numbers["num_real"])
     for name in layer.runs:
         held = part(name, tensors)
-        setattr(layer, name, Run(held["k"], held["v"], held["slots"], held.get("score")))
+        whole = bool((held["slots"] >= 0).all())
+        setattr(layer, name, Run(held["k"], held["v"], held["slots"], held.get("score"), whole=whole))
     layer.body.restore(part("body", tensors), numbers["starts"], list(numbers["lengths"]))
     if layer.eviction:
         layer.eviction.state = part("keep", tensors)

@@ -150,7 +150,7 @@ def _check_model(path: Path, header: Mapping[str, Any], model: PreTrainedModel) 
 
 def _meaning(plan: Plan) -> str:
     """The plan with every default written out, so that a later change of a default can't change what a file means."""
-    later = [stage for stage in (plan.read, plan.share, plan.tier) if stage]
+    later = [stage for stage in (plan.layers, plan.read, plan.share, plan.tier) if stage]
     return repr((plan.keep, plan.protect, plan.hybrid, plan.store, *later))
 
 

@@ -6,6 +6,7 @@
     protect(sink=16, window=32) | int8
     h2o(25%) | kivi(int2)
     hybrid(edge=2, edge_store=int8) | int4
+    layers(0-1+17=int8, 5=int2) | int4
     quest(25%) | int4 | tier(device=4096, host=16384, disk)
     protect(sink=16, window=32) | int8 | minicache(start=50%)
 
@@ -20,9 +21,10 @@ import typing
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, TypeVar
 
-from kvfold.budget import WHOLE, Budget, LayerSplit, Percent, Room
+from kvfold.budget import WHOLE, Budget, LayerSplit, Room
 from kvfold.errors import PlanError
 from kvfold.keep.base import Keep, Pins, Share
+from kvfold.percent import Percent
 from kvfold.read.base import Read
 from kvfold.registry import STAGES, fields_of, methods, nearest
 from kvfold.share.base import Sharing
@@ -64,6 +66,44 @@ class Hybrid:
 
 
 @dataclass(frozen=True)
+class Layers:
+    """Other codecs for some layers: `layers(0-1+17=int8, 5=int2)`.
+
+    Attributes:
+        exceptions: first layer, last layer, codec; no layer is in two of them.
+    """
+
+    exceptions: tuple[tuple[int, int, Store], ...]
+
+    @staticmethod
+    def build(call: Call) -> "Layers":
+        """Reads the call. PlanError when a layer is no number, or is named twice."""
+        exceptions: list[tuple[int, int, Store]] = []
+        for key, value in call.args:
+            if key is None:
+                raise PlanError(f"layers: '{value}' needs its layers, as in layers(0-1+17={value})")
+            store = _store("layers", key, value)
+            for span in key.split("+"):
+                ends = span.split("-")
+                if len(ends) > 2 or not all(WHOLE.fullmatch(end) for end in ends) or int(ends[0]) > int(ends[-1]):
+                    raise PlanError(f"layers: '{key}' names no layers; write numbers and ranges, as in 0-1+17")
+                first, last = int(ends[0]), int(ends[-1])
+                if any(first <= b and a <= last for a, b, _ in exceptions):
+                    raise PlanError(f"layers: '{span}' names a layer that has a codec already")
+                exceptions.append((first, last, store))
+        if not exceptions:
+            raise PlanError("layers: which layers, and how? As in layers(0-1+17=int8)")
+        return Layers(tuple(exceptions))
+
+    def store(self, index: int, num_layers: int) -> Store | None:
+        """The codec of a layer, if it has one of its own."""
+        highest = max(last for _, last, _ in self.exceptions)
+        if highest >= num_layers:
+            raise PlanError(f"layers: there is no layer {highest}; this model's are 0 to {num_layers - 1}")
+        return next((store for first, last, store in self.exceptions if first <= index <= last), None)
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """What one layer does."""
 
@@ -89,6 +129,7 @@ class Plan:
     keep: Keep | None = None
     protect: Protect | None = None
     hybrid: Hybrid | None = None
+    layers: Layers | None = None
     store: Store = field(default_factory=Dense)
     read: Read | None = None
     share: Sharing | None = None
@@ -108,9 +149,11 @@ class Plan:
             if any(_ORDER.index(later) > _ORDER.index(stage) for later in parts):
                 raise PlanError(f"'{call.name}' comes too late in '{text}': the order is {' | '.join(ORDER)}")
             parts[stage] = value
-        for name in ("protect", "hybrid"):
+        if "hybrid" in parts and "layers" in parts:
+            raise PlanError("'hybrid' and 'layers' both choose codecs by layer; name the layers in one of them")
+        for name, example in (("protect", "protect"), ("hybrid", "hybrid"), ("layers", "layers(0=int8)")):
             if name in parts and "store" not in parts:
-                raise PlanError(f"'{name}' needs a codec to its right, as in '{name} | int4'")
+                raise PlanError(f"'{name}' needs a codec to its right, as in '{example} | int4'")
         if (keep := parts.get("keep")) and (protect := parts.get("protect")):
             limit = keep.budget
             if limit.unit == "tokens" and max(protect.sink, keep.sink) >= limit.value:
@@ -150,6 +193,8 @@ class Plan:
         store = self.store
         if self.hybrid and index in self._edges(num_layers):
             store = self.hybrid.edge_store
+        if self.layers:
+            store = self.layers.store(index, num_layers) or store
         keep = self.keep if self.keep and index >= self.keep.skip else None
         if keep:
             keep.layers.over(num_layers)  # says so where there are too many weights
@@ -163,15 +208,18 @@ class Plan:
         return LayerPlan(keep, store, sink, window, read, self.tier)
 
     def groups(self, num_layers: int) -> list[tuple[int, ...]]:
-        """Layers that share one cache, the first of each group first. Those with a codec of their own (hybrid) stay alone."""
-        return self.share.groups(num_layers, self._edges(num_layers)) if self.share else []
+        """Layers that share one cache, the first of each group first. Those with a codec of their own stay alone."""
+        own = self._edges(num_layers)
+        if self.layers:
+            own |= {i for i in range(num_layers) if self.layers.store(i, num_layers)}
+        return self.share.groups(num_layers, own) if self.share else []
 
     def _edges(self, num_layers: int) -> set[int]:
         edge = self.hybrid.edge if self.hybrid else 0
         return {i for i in range(num_layers) if min(i, num_layers - 1 - i) < edge}
 
 
-ORDER = ("keep", "protect", "hybrid", "store", "share", "tier")
+ORDER = ("keep", "protect", "hybrid", "layers", "store", "share", "tier")
 _ORDER = ("keep", "read", *ORDER[1:])
 _ROOMS = [name for name, hint in typing.get_type_hints(Tier).items() if hint is Room]
 _PARTS: dict[str, type] = {"protect": Protect, "hybrid": Hybrid}
@@ -180,6 +228,8 @@ T = TypeVar("T")
 
 
 def _stage(call: Call) -> tuple[str, Any]:
+    if call.name == "layers":
+        return call.name, Layers.build(call)
     if call.name in _PARTS:
         return call.name, _build(call, _PARTS[call.name])
     for stage in STAGES:
@@ -187,7 +237,7 @@ def _stage(call: Call) -> tuple[str, Any]:
             return stage, _build(call, cls)
     if call.name == "full":
         raise PlanError("'full' keeps everything as it is: it stands alone, without arguments")
-    known = ["full", *_PARTS, *(name for stage in STAGES for name in methods(stage))]
+    known = ["full", *_PARTS, "layers", *(name for stage in STAGES for name in methods(stage))]
     raise PlanError(f"unknown method '{call.name}'{nearest(call.name, known)} ('kvfold strategies' lists all)")
 
 
@@ -232,10 +282,7 @@ def _convert(method: str, key: str, value: "str | Call", hint: Any) -> Any:
         except PlanError as error:
             raise PlanError(f"{method}: {error}") from None
     if hint is Store:
-        call = value if isinstance(value, Call) else Call(value)
-        if call.name not in methods("store"):
-            raise PlanError(f"{where}: '{call.name}' is not a codec{nearest(call.name, methods('store'))}")
-        return _build(call, methods("store")[call.name])
+        return _store(method, key, value)
     if isinstance(value, Call):
         raise PlanError(f"{where} can't have arguments of its own")
     if hint in _PARSED:
@@ -258,6 +305,15 @@ def _convert(method: str, key: str, value: "str | Call", hint: Any) -> Any:
         choices = [str(c) for c in typing.get_args(hint)]
         raise PlanError(f"{where}: write one of {', '.join(choices)}{nearest(value, choices)}")
     raise TypeError(f"the plan language has no values of type {hint}")
+
+
+def _store(method: str, key: str, value: "str | Call") -> Store:
+    """A codec that is an argument."""
+    call = value if isinstance(value, Call) else Call(value)
+    if call.name not in methods("store"):
+        raise PlanError(f"{method}: {key}={value}: '{call.name}' is not a codec{nearest(call.name, methods('store'))}")
+    built: Store = _build(call, methods("store")[call.name])
+    return built
 
 
 class _Reader:

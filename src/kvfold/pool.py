@@ -7,6 +7,7 @@ become free. Rows that are copies of each other (beams) share blocks until one o
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -198,6 +199,9 @@ class BlockPool:
         has = self.num_blocks()[row]
         ids = self.table[row, has - num : has]
         return (ids[:, None] * self.block + torch.arange(self.block, device=self.device)).flatten()[:num_tokens]
+
+    def spill(self, num_real: list[int], *dense: Any) -> None:
+        """Moves blocks to where a plan wants them, after a chunk; this pool has one place only (see kvfold.tier.pool)."""
 
     # -- sharing ---------------------------------------------------------------------------------------------------------
 

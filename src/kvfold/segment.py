@@ -7,6 +7,7 @@ length: padding is never stored, and every head may keep other tokens. Both answ
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -66,6 +67,23 @@ class Segment(ABC):
         return torch.cat([self.codec.v.norms(part("v", tile.fields)).flatten(1) for tile in self.tiles()], 1)
 
 
+ROOM = 16
+"""A run that grows token by token gets memory for so many at once."""
+
+
+@dataclass
+class Room:
+    """Memory that a run grows into, `[R, capacity, D]` twice and `[R, capacity] int32`.
+
+    Runs are views of it. Only the longest of them, with `used` tokens, may write behind its end; all others copy.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    slots: torch.Tensor
+    used: int
+
+
 class Run(Segment):
     """Dense tokens: sinks, the recent ones, and the chunk that is being processed.
 
@@ -81,6 +99,7 @@ class Run(Segment):
     ):
         self.k, self.v, self.slots, self.score, self.whole = k, v, slots, score, whole
         self._descriptor: cpu.Descriptor | None = None
+        self.room: Room | None = None  # what k, v and slots are views of, when the run has grown
 
     @property
     def codec(self) -> KVCodec:  # type: ignore[override]
@@ -165,7 +184,10 @@ class Run(Segment):
         return Run(self.k[rows], self.v[rows], self.slots[rows], score, whole=self.whole)
 
     def owned(self) -> "Run":
-        """The same run in memory of its own, not as a view of something larger that would be kept alive."""
+        """The same run in memory of its own (and the room it grows into), not as a view of something larger."""
+
+        if self.room is not None:
+            return self
 
         def own(x: torch.Tensor) -> torch.Tensor:
             return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
@@ -173,8 +195,42 @@ class Run(Segment):
         score = None if self.score is None else own(self.score)
         return Run(own(self.k), own(self.v), own(self.slots), score, whole=self.whole)
 
+    def grown(self, other: "Run") -> "Run":
+        """This run and, behind it, a shorter one; both are whole and without scores. Tokens held already are rarely copied."""
+        before, after = self.width, self.width + other.width
+        room = self.roomy(other.width)
+        room.k[:, before:after], room.v[:, before:after], room.slots[:, before:after] = other.k, other.v, other.slots
+        return self.longer(other.width)
+
+    def longer(self, num_new: int) -> "Run":
+        """This run and the tokens behind it that are in its room already."""
+        room = self.room
+        assert room is not None
+        after = room.used = self.width + num_new
+        run = Run(room.k[:, :after], room.v[:, :after], room.slots[:, :after], whole=True)
+        run.room = room
+        return run
+
+    def roomy(self, num_new: int) -> Room:
+        """The room that this run is in, with place for `num_new` tokens behind it that no other run has."""
+        width, room = self.width, self.room
+        if room is None or room.used != width or width + num_new > room.k.shape[1]:
+            rows, _, head_dim = self.k.shape
+            capacity = -(-(width + num_new) // ROOM) * ROOM
+            k, v = (x.new_empty(rows, capacity, head_dim) for x in (self.k, self.v))
+            room = self.room = Room(k, v, self.slots.new_empty(rows, capacity), width)
+            k[:, :width], v[:, :width], room.slots[:, :width] = self.k, self.v, self.slots
+            self.k, self.v, self.slots = k[:, :width], v[:, :width], room.slots[:, :width]
+            self._descriptor = None
+        return room
+
     def dense(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.k.float(), self.v.float(), self.slots.long()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens, without room for others."""
+        return sum(x.nbytes for x in self.tensors().values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         named = {"k": self.k, "v": self.v, "slots": self.slots, "score": self.score}
@@ -188,6 +244,8 @@ def join(first: Run, second: Run) -> Run:
     if second.width == 0:
         return first
     score = None
+    if second.width < ROOM and first.whole and second.whole and first.score is None and second.score is None:
+        return first.grown(second)
     if first.score is not None and second.score is not None:
         score = torch.cat([first.score, second.score], 1)
     run = Run(

@@ -8,6 +8,7 @@ import torch
 
 from kvfold.attention.reference import Partial, Query
 from kvfold.blocks import Blocks
+from kvfold.errors import PlanError
 from kvfold.handle import Handle
 from kvfold.keep.base import Moment
 from kvfold.layer_cache import LayerCache
@@ -57,7 +58,13 @@ class BorrowingLayer(LayerCache):
         self.lender, self._is_last = lender, last
 
     def attend(
-        self, handle: Handle, q: torch.Tensor, padding: torch.Tensor | None, scaling: float, softcap: float | None
+        self,
+        handle: Handle,
+        q: torch.Tensor,
+        padding: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         batch, num_query_heads, num_queries, head_dim = q.shape
         heads = self.site.num_kv_heads
@@ -84,6 +91,8 @@ class MergedLayer(LayerCache):
         super().__init__(site, plan)
         self.method, self._first = method, first
         side: Literal[0, 1] = 1 if first else 0
+        if self.codec.constants():
+            raise PlanError("minicache merges directions, which have no place in the subspaces of one layer's projections")
         self.codec = directions(self.codec, site.head_dim, side)
 
     @property
@@ -104,7 +113,7 @@ class MergedLayer(LayerCache):
         if self.merged.width:
             yield from self.merged.parts(codec=self.codec)
 
-    def _store(self, chunk: Run) -> None:
+    def _store(self, chunk: Run, padding: torch.Tensor | None) -> None:
         self.recent = join(self.recent, chunk).owned()
         if self._first:
             self._merge_waiting(self._first)

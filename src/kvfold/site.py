@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from kvfold.calibration import Calibration
 from kvfold.rope import Rope
 
 
@@ -15,20 +16,24 @@ class Projections:
     Attributes:
         k, v: the weights W, `[Hkv, D, hidden]`.
         k_bias, v_bias: `[Hkv, D]`, or None.
+        k_normed: whether keys are normalised afterwards, before their rotation.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     k_bias: torch.Tensor | None = None
     v_bias: torch.Tensor | None = None
+    k_normed: bool = False
 
 
 class LayerOfModel(Protocol):
-    """What a method may ask of the model itself. Both raise ModelError where the model has no such thing."""
+    """What a method may ask of the model itself. All raise ModelError where the model has no such thing."""
 
     def rope(self) -> Rope: ...
 
     def projections(self) -> Projections: ...
+
+    def calibration(self) -> Calibration: ...
 
 
 @dataclass(frozen=True)

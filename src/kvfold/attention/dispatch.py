@@ -85,8 +85,10 @@ def encoder_name(codec: KVCodec, device: str = "cpu") -> str:
     return f"cpu-{cpu.chosen()}" if known else REFERENCE
 
 
-def encode(codec: KVCodec, k: torch.Tensor, v: torch.Tensor) -> Fields:
+def encode(codec: KVCodec, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | None = None) -> Fields:
     """`KVCodec.encode`, compiled where that can be: the same fields, bit for bit."""
+    if codec.positional:
+        return codec.encode(k, v, positions)
     return join("k", _encode(codec.k, k)) | join("v", _encode(codec.v, v))
 
 

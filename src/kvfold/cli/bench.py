@@ -27,6 +27,9 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode after each context.")] = 32,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text file; Wikipedia articles without it.")] = None,
     repeats: Annotated[int, typer.Option(help="Rounds of speed measurements.")] = 1,
+    weights: Annotated[
+        str, typer.Option(help="How weights are held: dense, int8, int4 or native (as in a .gguf file).")
+    ] = "dense",
     out: Annotated[Path, typer.Option(help="The results folder; a run that was interrupted there goes on.")] = Path(
         "results/bench"
     ),
@@ -42,7 +45,7 @@ def bench(
     again: Annotated[bool, typer.Option("--again", help="Put older results in the folder aside and start anew.")] = False,
 ) -> None:
     """Measure bytes, speed and quality of strategies on the same model and text; write records, figures and a page."""
-    lengths, sizes = _numbers("--contexts", contexts), _numbers("--batch-sizes", batch_sizes)
+    lengths, sizes = numbers("--contexts", contexts), numbers("--batch-sizes", batch_sizes)
 
     from kvfold.lab.bench import Bench, named_plans, run
     from kvfold.lab.report import write_report
@@ -58,6 +61,7 @@ def bench(
         out=out,
         seed=seed,
         dtype=dtype,
+        weights=weights,
         quality_dtype=quality_dtype,
         device=device,
         threads=threads,
@@ -78,7 +82,7 @@ def bench(
         raise KvfoldError(f"{len(outcome.failures)} could not be measured, the rest is in {out}: {what}")
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def numbers(option: str, text: str) -> tuple[int, ...]:
     """`512,2048` as numbers, each once, in order."""
     try:
         return tuple(sorted({int(part) for part in text.split(",")}))

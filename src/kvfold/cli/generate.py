@@ -12,6 +12,7 @@ from kvfold.errors import FileError, KvfoldError, ModelError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from kvfold.kv_cache import KVCache
     from kvfold.lab.generate import Generation
@@ -31,6 +32,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 200,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    weights: Annotated[
+        str, typer.Option(help="How weights are held: dense, int8, int4 or native (as in a .gguf file).")
+    ] = "dense",
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most probable token; more is more varied.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Fixes the choices when the temperature is above 0.")] = 0,
     chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens that are read at once.")] = 512,
@@ -56,7 +60,7 @@ def generate(
     from kvfold.lab.generate import generate as run
 
     resolved = with_sizes(resolve(plan), sink_size, window_size)
-    loaded, tokenizer = kvfold.load(model, dtype=dtype, device=device)
+    loaded, tokenizer = kvfold.load(model, dtype=dtype, device=device, weights=weights)
     input_ids = _encode(tokenizer, text, chat).to(loaded.device)
     check_length(loaded, input_ids.shape[1], max_new_tokens)
     cache = kvfold.cache(loaded, resolved)
@@ -73,7 +77,7 @@ def generate(
         )
     finally:
         stream.end()
-    print(_summary(cache, generation), file=sys.stderr)
+    print(_summary(loaded, cache, generation), file=sys.stderr)
     if folder is not None:
         from kvfold.lab import profile as profiling
 
@@ -152,9 +156,11 @@ class _Stream:
         self.printed = len(text)
 
 
-def _summary(cache: "KVCache", generation: "Generation") -> str:
+def _summary(model: "PreTrainedModel", cache: "KVCache", generation: "Generation") -> str:
     """The end line."""
     from kvfold.lab.measure import num_full_elements
+    from kvfold.models.step import describe as describe_step
+    from kvfold.models.weights import describe as describe_weights
 
     num_seen = cache.get_seq_length()
     fp16_bytes = 2 * num_full_elements(cache, num_seen)
@@ -166,5 +172,7 @@ def _summary(cache: "KVCache", generation: "Generation") -> str:
         f"{speed:.1f} tokens/s" if speed is not None else "one token",
         f"plan {cache.plan}",
         f"kernel {cache.kernel}",
+        f"step {describe_step(model)}",
+        f"weights {describe_weights(model)}",
     ]
     return " | ".join(parts)

@@ -11,6 +11,8 @@ import typer
 
 import kvfold
 from kvfold.cli.bench import bench
+from kvfold.cli.calibrate import calibrate
+from kvfold.cli.eval import evaluate
 from kvfold.cli.generate import generate
 from kvfold.cli.info import info
 from kvfold.cli.report import report
@@ -24,8 +26,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, bench, report, strategies, info):
+for command in (generate, bench, report, calibrate, strategies, info):
     app.command()(command)
+app.command("eval")(evaluate)
 
 # Some versions of typer bring a copy of click, others don't: a public error leads to the base of all usage errors.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

@@ -14,8 +14,8 @@ _WINDOW_NAMES = ("window", "recent")
 def with_sizes(plan: Plan, sink: int | None, window: int | None) -> Plan:
     """The plan with other sizes; None leaves one as it is.
 
-    A keep policy gets them as its own arguments. A plan that only has a codec gets `protect(sink=, window=)`. PlanError when
-    the plan has no place for a size, or when the sizes don't work.
+    A keep policy or a read stage gets them as its own arguments. A plan that only has a codec gets `protect(sink=, window=)`.
+    PlanError when the plan has no place for a size, or when the sizes don't work.
     """
     for name, size in (("sink", sink), ("window", window)):
         if size is not None:
@@ -26,7 +26,7 @@ def with_sizes(plan: Plan, sink: int | None, window: int | None) -> Plan:
 def _with_size(plan: Plan, name: str, size: int) -> Plan:
     calls = list(plan.calls)
     for i, call in enumerate(calls):
-        if (cls := methods("keep").get(call.name)) and (argument := _argument(call.name, cls, name)):
+        if (cls := (methods("keep") | methods("read")).get(call.name)) and (argument := _argument(call.name, cls, name)):
             calls[i] = _with_argument(call, cls, argument, str(size))
             return _parsed(calls)
     if plan.store.name == "dense" and plan.protect is None:
@@ -36,7 +36,7 @@ def _with_size(plan: Plan, name: str, size: int) -> Plan:
         # What the codec itself wants dense stays, unless it is this that changes.
         store = plan.store
         kept_sink = plan.keep.sink if plan.keep else store.sink
-        at = next(i for i, call in enumerate(calls) if call.name == "hybrid" or call.name in methods("store"))
+        at = next(i for i, call in enumerate(calls) if call.name in ("hybrid", "layers") or call.name in methods("store"))
         calls.insert(at, Call("protect", (("sink", str(kept_sink)), ("window", str(store.window)))))
     calls[at] = _with_argument(calls[at], Protect, name, str(size))
     return _parsed(calls)

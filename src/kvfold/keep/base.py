@@ -14,8 +14,9 @@ from typing import ClassVar, Literal, Protocol
 
 import torch
 
-from kvfold.budget import PERCENT, UNIFORM, WHOLE, Budget, HeadSplit, LayerSplit
+from kvfold.budget import UNIFORM, WHOLE, Budget, HeadSplit, LayerSplit
 from kvfold.errors import PlanError
+from kvfold.percent import PERCENT
 from kvfold.rope import Rope
 
 GroupReduce = Literal["mean", "max"]
@@ -191,6 +192,8 @@ class Keep(ABC):
     """Whether queries of a chunk see no more than they would one by one: the last `budget - sink` tokens, and the sinks."""
     needs_rope: ClassVar[bool] = False
     """Whether `KeepContext.rope` must be there."""
+    reads_vectors: ClassVar[bool] = False
+    """Whether scores are made of keys and values themselves, which must then be held in the model's own coordinates."""
     reconstructs: ClassVar[bool] = False
     """Whether the model reads each chunk a second time, through the cache, before tokens go (see kvfold.models.reconstruct)."""
     reindex: bool = False

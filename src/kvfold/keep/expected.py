@@ -42,6 +42,7 @@ class Expected(Keep):
     heads: HeadSplit = "uniform"
     layers: LayerSplit = UNIFORM
     needs_rope: ClassVar[bool] = True
+    reads_vectors: ClassVar[bool] = True
 
     def check(self) -> None:
         super().check()

@@ -10,6 +10,7 @@ one product with each, both folded, so that encoded keys are read as they are. T
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -28,6 +29,7 @@ class KeyDiff(Keep):
     sink: int = 0
     heads: HeadSplit = "uniform"
     layers: LayerSplit = UNIFORM
+    reads_vectors: ClassVar[bool] = True
 
     def first_score(self, k: torch.Tensor) -> torch.Tensor:
         return 1 / k.float().norm(dim=-1).clamp_min(1e-12)

@@ -10,6 +10,7 @@ Differs from the paper: the last tokens can be pinned with `recent`.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -29,6 +30,7 @@ class L2Norm(Keep):
     skip: int = 2
     heads: HeadSplit = "uniform"
     layers: LayerSplit = UNIFORM
+    reads_vectors: ClassVar[bool] = True
 
     def first_score(self, k: torch.Tensor) -> torch.Tensor:
         return -k.float().norm(dim=-1)

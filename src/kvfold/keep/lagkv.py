@@ -17,6 +17,7 @@ at a time.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -36,6 +37,7 @@ class LagKV(Keep):
     sink: int = 4
     recent: Share = NO_TOKENS
     layers: LayerSplit = UNIFORM
+    reads_vectors: ClassVar[bool] = True
 
     def check(self) -> None:
         super().check()

@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from kvfold.catalog import STRATEGIES, resolve
 from kvfold.errors import KvfoldError, PlanError
 from kvfold.files import make_folder
 from kvfold.lab import setting as facts
+from kvfold.lab.journal import put_aside
 from kvfold.lab.merge import merge
 from kvfold.lab.passages import Passages
 from kvfold.lab.quality import rouge_l
-from kvfold.lab.results import SETTING, Cell, Journal, Measurement, Record, Setting, write_records
+from kvfold.lab.results import Cell, Journal, Measurement, Record, Setting, write_records
 from kvfold.lab.worker import HOW, Event, Job, Worker
 from kvfold.models.adapter import check_model
 from kvfold.models.load import load, source_of
+from kvfold.models.weights import describe
 
 LEAST_CONTEXT = 16
 
@@ -36,7 +39,7 @@ class Bench:
 
     Attributes:
         plans: names in tables and the texts of their plans.
-        model: what `kvfold.load` takes.
+        model, weights: what `kvfold.load` takes.
         contexts: tokens of each sequence before generation.
         new_tokens: decode steps, and tokens of the continuation.
         text: a file, or None for Wikipedia articles.
@@ -64,6 +67,7 @@ class Bench:
     chunk: int = 512
     quality_chunk: int = 32
     quality_dtype: str = "float32"
+    weights: str = "dense"
     again: bool = False
 
 
@@ -107,14 +111,14 @@ def run(bench: Bench, on_update: Callable[[Update], None] = lambda _: None) -> O
     """
     _check(bench)
     if bench.again:
-        _put_aside(bench.out)
+        put_aside(bench.out)
     make_folder(bench.out)
     with Worker() as worker:  # starts importing while this process loads the model
-        model, tokenizer = load(bench.model, dtype=bench.dtype, device=bench.device)
+        model, tokenizer = load(bench.model, dtype=bench.dtype, device=bench.device, weights=bench.weights)
         check_model(model)
         passages = Passages.read(bench.text, tokenizer, _needed(bench))
         passages.check(bench.contexts, bench.new_tokens, model)
-        journal = Journal(bench.out, _setting(bench, source_of(model), passages))
+        journal = Journal(bench.out, _setting(bench, model, passages))
         del model
         failures = _Measuring(bench, worker, journal, passages, on_update).run()
     records = merge(journal.measurements, journal.setting, bench.plans)
@@ -223,7 +227,7 @@ class _Measuring:
     ) -> Job:
         b = self.bench
         threads = self.journal.setting.threads
-        return Job(kind, b.model, dtype, b.device, threads, b.seed, plans, rows, b.new_tokens, chunk, prefill_len)
+        return Job(kind, b.model, dtype, b.device, threads, b.seed, plans, rows, b.new_tokens, chunk, prefill_len, b.weights)
 
     def _take(self, cell: Cell, event: Event) -> str:
         """Writes a result down, or remembers a failure; returns a line about it."""
@@ -268,10 +272,11 @@ def _needed(bench: Bench) -> int:
     return max(bench.contexts) * max(bench.batch_sizes) + bench.new_tokens
 
 
-def _setting(bench: Bench, source: str, passages: Passages) -> Setting:
+def _setting(bench: Bench, model: PreTrainedModel, passages: Passages) -> Setting:
     return Setting(
         model=bench.model,
-        model_source=source,
+        model_source=source_of(model),
+        weights=f"{bench.weights}: {describe(model)}",
         text=passages.name,
         text_sha256=hashlib.sha256(passages.text.encode()).hexdigest(),
         new_tokens=bench.new_tokens,
@@ -287,13 +292,3 @@ def _setting(bench: Bench, source: str, passages: Passages) -> Setting:
         machine=facts.machine(bench.device),
         how=HOW,
     )
-
-
-def _put_aside(folder: Path) -> None:
-    """Renames an older results folder to the first free of folder.1, folder.2 …"""
-    if not (folder / SETTING).exists():
-        return
-    number = 1
-    while (older := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(older)

@@ -110,7 +110,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         yield peak
         peak.num_bytes = torch.cuda.max_memory_allocated(device) - before
         return
-    _give_back_free_memory()
+    give_back_free_memory()
     if _reset_high_water_mark():
         before = _status_bytes("VmRSS")
         peak = Peak("VmHWM of a fresh process beyond its resident memory with the model loaded")
@@ -121,7 +121,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         yield peak
 
 
-def _give_back_free_memory() -> None:
+def give_back_free_memory() -> None:
     """Hands what the warm-up freed back to the system (glibc only), or the peak would hide in it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -19,6 +19,8 @@ from kvfold.files import make_folder, replacing
 from kvfold.kv_cache import KVCache
 from kvfold.lab.generate import Generation, generate
 from kvfold.layer_cache import LayerCache
+from kvfold.models.step import describe
+from kvfold.models.weights import PackedLinear, bytes_by_form
 
 TRACED_STEPS = 4
 """Decode steps in the trace: all look alike, and a trace of hundreds opens in no viewer."""
@@ -43,7 +45,9 @@ class Summary:
 
     Attributes:
         profiled_steps: decode steps in the trace, after the prefill.
-        profiled_flops: what the profiler counts in them: matrix products, by their shapes.
+        profiled_flops: what the profiler counts in them: matrix products, by their shapes, compiled ones left out.
+        step: what computes decoder layers while tokens come one by one.
+        weight_bytes: of the model's weights, by their form.
     """
 
     plan: str
@@ -59,6 +63,8 @@ class Summary:
     flops: Flops
     profiled_steps: int
     profiled_flops: int
+    step: str
+    weight_bytes: dict[str, int]
 
 
 def profile(
@@ -111,6 +117,8 @@ def profile(
         flops=count_flops(model, cache, input_ids, chunk),
         profiled_steps=steps,
         profiled_flops=sum(event.flops for event in events),
+        step=describe(model),
+        weight_bytes=bytes_by_form(model),
     )
     with replacing(folder / "summary.json") as path:
         path.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
@@ -121,8 +129,9 @@ def count_flops(model: PreTrainedModel, cache: KVCache, input_ids: torch.Tensor,
     """See `Flops`. `input_ids`: `[B, S]`, the prompt; the head is computed for the last token of each chunk."""
     batch, prompt_len = input_ids.shape
     head = model.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
-    in_head = head.weight.numel()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear | PackedLinear)]
+    linear = sum(m.in_features * m.out_features for m in linears if m is not head)
+    in_head = head.in_features * head.out_features
     config = model.config.get_text_config(decoder=True)
     per_pair = 4 * config.num_attention_heads * cache.fingerprint["head_dim"]
     pairs = sum(_causal_pairs(prompt_len, getattr(layer, "sliding_window", None)) for layer in cache.layers)

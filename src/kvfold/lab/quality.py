@@ -94,7 +94,7 @@ def reference_of(
     if ids.shape[0] != 1 or not 1 <= prefill_len < ids.shape[1] - 1:
         raise ValueError(f"one text with more than {prefill_len + 1} tokens is expected, not {list(ids.shape)}")
     vocab_size = model.get_output_embeddings().weight.shape[0]
-    log_probs = _room((ids.shape[1] - prefill_len, vocab_size))
+    log_probs = room((ids.shape[1] - prefill_len, vocab_size))
     done = 0
 
     def keep(chunk_log_probs: torch.Tensor) -> None:
@@ -132,7 +132,7 @@ def stream_quality(
     def compare(ours: torch.Tensor) -> None:
         nonlocal done, kl, same
         full = reference.log_probs[done : done + len(ours)].to(ours.device)
-        kl += _divergence(full, ours)
+        kl += divergence(full, ours)
         same += int((ours.argmax(-1) == full.argmax(-1)).sum())
         done += len(ours)
         if on_chunk:
@@ -149,6 +149,34 @@ def stream_quality(
         bits_per_element=8 * run.kv_bytes / run.num_elements,
         kernel=run.kernel,
     )
+
+
+def divergence(full: torch.Tensor, ours: torch.Tensor) -> float:
+    """The sum over rows of KL(full || ours), both `[N, V]` log-probabilities.
+
+    Each term is p log(p/q) - p + q. The added parts cancel over the vocabulary, but with them no term is negative, and the sum
+    is free of the rounding of the two softmaxes, which can be larger than what 8 bits cost.
+    """
+    p = full.exp()
+    return max(0.0, float((p * (full - ours) - p + ours.exp()).sum(-1, dtype=torch.float64).sum()))
+
+
+def room(shape: tuple[int, ...], beside_bytes: int = 0) -> torch.Tensor:
+    """An uninitialized float32 tensor; a large one lives in a temporary file that nobody sees any more.
+
+    Args:
+        beside_bytes: of other tensors that count towards what is large.
+    """
+    size = math.prod(shape)
+    if 4 * size + beside_bytes <= _IN_MEMORY_BYTES:
+        return torch.empty(shape)
+    with NamedTemporaryFile(prefix="kvfold-") as file:
+        try:
+            if hasattr(os, "posix_fallocate"):  # a disk that is too small says so now, not when a page is written
+                os.posix_fallocate(file.fileno(), 0, 4 * size)
+        except OSError as error:
+            raise explain(error, Path(file.name)) from error
+        return torch.from_file(file.name, shared=True, size=size).view(shape)
 
 
 def rouge_l(candidate: str, target: str) -> float:
@@ -221,27 +249,3 @@ def _continue(model: PreTrainedModel, cache: KVCache, first: int, num_new: int) 
         last = torch.tensor([[tokens[-1]]], device=model.device)
         tokens.append(int(prefill(model, cache, last).argmax(-1)))
     return tuple(tokens)
-
-
-def _divergence(full: torch.Tensor, ours: torch.Tensor) -> float:
-    """The sum over rows of KL(full || ours), both `[N, V]` log-probabilities.
-
-    Each term is p log(p/q) - p + q. The added parts cancel over the vocabulary, but with them no term is negative, and the sum
-    is free of the rounding of the two softmaxes, which can be larger than what 8 bits cost.
-    """
-    p = full.exp()
-    return max(0.0, float((p * (full - ours) - p + ours.exp()).sum(-1, dtype=torch.float64).sum()))
-
-
-def _room(shape: tuple[int, int]) -> torch.Tensor:
-    """An uninitialized float32 tensor; a large one lives in a temporary file that nobody sees any more."""
-    size = math.prod(shape)
-    if 4 * size <= _IN_MEMORY_BYTES:
-        return torch.empty(shape)
-    with NamedTemporaryFile(prefix="kvfold-") as file:
-        try:
-            if hasattr(os, "posix_fallocate"):  # a disk that is too small says so now, not when a page is written
-                os.posix_fallocate(file.fileno(), 0, 4 * size)
-        except OSError as error:
-            raise explain(error, Path(file.name)) from error
-        return torch.from_file(file.name, shared=True, size=size).view(shape)

@@ -9,7 +9,6 @@ A folder holds one setting. Measurements of another setting are refused, never m
 """
 
 import json
-import os
 import types
 import typing
 from collections.abc import Sequence
@@ -21,8 +20,9 @@ import pandas as pd
 
 from kvfold.errors import FileError
 from kvfold.files import explain, replacing
+from kvfold.lab.journal import append_line, open_folder, read_lines
 
-SETTING, RAW, RECORDS = "setting.json", "raw.jsonl", "records.jsonl"
+RAW, RECORDS = "raw.jsonl", "records.jsonl"
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Setting:
         dtype: the type that speed and bytes are measured in.
         code: a hash of kvfold's source.
         how: in what kind of process speed was measured.
+        weights: the form of the weights: as it was asked for, and what it came to.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Setting:
     code: str
     machine: dict[str, str]
     how: str
+    weights: str = "dense"
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class Record:
     git_commit: str | None
     machine: dict[str, str]
     date: str
+    weights: str = "dense"
 
 
 class Journal:
@@ -156,58 +159,21 @@ class Journal:
     def __init__(self, folder: Path, setting: Setting):
         """Opens or starts the folder's journal. FileError: not writable, or it holds measurements of another setting."""
         self.path, self.setting = folder / RAW, setting
-        known = folder / SETTING
-        if known.exists():
-            _check_same(_load(known), asdict(setting), folder)
-        elif self.path.exists():
-            raise FileError(f"{self.path} has no {SETTING} beside it: choose another --out")
-        else:
-            with replacing(known) as temporary:
-                temporary.write_text(json.dumps(asdict(setting), indent=2) + "\n", encoding="utf-8")
+        open_folder(folder, asdict(setting), self.path)
         self.measurements = read_measurements(self.path) if self.path.exists() else []
-        self._drop_torn_line()
 
     def add(self, measurement: Measurement) -> None:
         """Appends, and returns when it is on disk. FileError when the disk is full; what is there stays as it is."""
-        line = (json.dumps(asdict(measurement), allow_nan=False) + "\n").encode()
-        try:
-            with self.path.open("ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise explain(error, self.path) from error
+        append_line(self.path, asdict(measurement))
         self.measurements.append(measurement)
 
     def done(self) -> set[Cell]:
         return {m.cell for m in self.measurements}
 
-    def _drop_torn_line(self) -> None:
-        """A process that was killed, or a full disk, can leave half a line at the end."""
-        if not self.path.exists():
-            return
-        try:
-            data = self.path.read_bytes()
-            if data and not data.endswith(b"\n"):
-                os.truncate(self.path, data.rfind(b"\n") + 1)
-        except OSError as error:
-            raise explain(error, self.path) from error
-
 
 def read_measurements(path: Path) -> list[Measurement]:
     """The lines of a raw.jsonl; an unfinished last line is left out. FileError when another line can't be read."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as error:
-        raise explain(error, path, "read") from error
-    measurements = []
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            values = json.loads(line)
-            measurements.append(Measurement(**{**values, "cell": Cell(**values["cell"])}))
-        except (ValueError, TypeError, KeyError):
-            raise FileError(f"{path}, line {number}, is damaged: remove that line to measure it again") from None
-    return measurements
+    return read_lines(path, lambda values: Measurement(**{**values, "cell": Cell(**values["cell"])}))
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -261,35 +227,6 @@ def write_markdown(path: Path, records: Sequence[Record]) -> None:
 
     with replacing(path) as temporary:
         temporary.write_text(markdown(records), encoding="utf-8")
-
-
-def _check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
-    # through JSON, so that both sides have its types
-    new = json.loads(json.dumps(new))
-    different = [name for name in new if old.get(name) != new[name]]
-    if different:
-        what = ", ".join(_difference(name, old.get(name), new[name]) for name in different[:3])
-        raise FileError(
-            f"{folder} holds measurements of another setting ({what}): choose another --out, or add --again to put them aside"
-        )
-
-
-def _difference(name: str, old: Any, new: Any) -> str:
-    if name in ("code", "text_sha256", "machine"):
-        return {"code": "kvfold's code has changed", "text_sha256": "other text", "machine": "another machine"}[name]
-    if isinstance(old, dict) and isinstance(new, dict):
-        name, old, new = next((k, old.get(k), new[k]) for k in new if old.get(k) != new[k])
-    return f"{name}: {old}, now {new}"
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise explain(error, path, "read") from error
-    except ValueError:
-        raise FileError(f"{path} is damaged: choose another --out") from None
-    return values
 
 
 def _fits(value: Any, hint: Any) -> bool:

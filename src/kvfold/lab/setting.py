@@ -38,6 +38,11 @@ def code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def digest(text: str) -> str:
+    """A short hash of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 @cache
 def git_commit() -> str | None:
     """The commit of kvfold's checkout, with a '+' when files differ from it; None when it is not run from one."""

@@ -95,7 +95,7 @@ def settings(records: Sequence[Record]) -> list[str]:
 
 def setting_of(r: Record) -> str:
     """What the numbers of a record depend on besides its strategy, context and batch size."""
-    parts = [f"{r.model} ({r.model_source})", f"text: {r.text} ({r.text_sha256[:8]})"]
+    parts = [f"{r.model} ({r.model_source})", f"weights {r.weights}", f"text: {r.text} ({r.text_sha256[:8]})"]
     if r.repeats:
         parts.append(
             f"speed and bytes in {r.dtype} on {r.device} with {_count(r.threads, 'thread')}, "

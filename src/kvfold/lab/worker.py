@@ -31,7 +31,7 @@ class Job:
     Attributes:
         kind: "timing" runs the one plan on all rows of `ids`; "quality" streams the one row of `ids` through the full cache,
             then through every plan.
-        model: what `kvfold.load` takes.
+        model, weights: what `kvfold.load` takes.
         threads: of torch.
         plans: texts of plans.
         ids: `[B, S]` tokens.
@@ -51,6 +51,7 @@ class Job:
     num_new: int
     chunk: int
     prefill_len: int = 0
+    weights: str = "dense"
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _work(job: Job, emit: Callable[[Event], None]) -> None:
 
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)
-    model, _ = load(job.model, dtype=job.dtype, device=job.device)
+    model, _ = load(job.model, dtype=job.dtype, device=job.device, weights=job.weights)
     ids = torch.tensor(job.ids, device=model.device)
     if job.kind == "timing":
         from kvfold.lab.measure import measure

@@ -26,7 +26,7 @@ from kvfold.keep.base import Pins, merge_spans
 from kvfold.kv_cache import KVCache
 from kvfold.layer_cache import LayerCache
 from kvfold.layers import make_layers
-from kvfold.models import reconstruct
+from kvfold.models import reconstruct, step
 from kvfold.models.layer import ModelLayer, head_dim_of
 from kvfold.plan import Plan
 from kvfold.site import Site
@@ -48,11 +48,13 @@ def attach(model: PreTrainedModel) -> None:
     if model.config._attn_implementation != NAME:  # transformers only warns where a model's code takes no other attention
         delattr(model, _PREVIOUS)
         raise ModelError(f"{type(model).__name__} can't be served: {_OWN_ATTENTION}")
+    step.install(model, NAME, attention)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Gives a model its own attention back."""
     if (previous := getattr(model, _PREVIOUS, None)) is not None:
+        step.uninstall(model)
         model.set_attn_implementation(previous)
         delattr(model, _PREVIOUS)
     reconstruct.remove(model)
@@ -227,8 +229,11 @@ def attention(
             raise ModelError("a compressed cache takes a 2-D attention mask (batch, tokens), which says where padding is")
         if module.training:
             raise ModelError("a compressed cache serves inference, no gradients pass through it: call model.eval() first")
-        with torch.no_grad():
+        if not torch.is_grad_enabled():
             return key.layer.attend(key, query, attention_mask, scaling, softcap), None
+        with torch.no_grad():
+            positions = kwargs.get("position_ids")
+            return key.layer.attend(key, query, attention_mask, scaling, softcap, positions), None
     return _plain(query, key, value, attention_mask, scaling, softcap), None
 
 

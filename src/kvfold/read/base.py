@@ -57,6 +57,11 @@ class Read(ABC):
         relevance = self.relevance(q, {name: x[ids] for name, x in summary.items()})
         return best_columns(relevance, table >= 0, allowed)
 
+    def blocks(self, num_real: list[int], dense: torch.Tensor, block: int) -> torch.Tensor:
+        """`[R] long`: blocks that rows may read after so many tokens of each sequence, `dense [R]` of which are read anyway."""
+        tokens = torch.tensor([self.budget.tokens(n) for n in num_real], device=dense.device)
+        return (tokens.repeat_interleave(len(dense) // len(num_real)) - dense) // block
+
     def check(self) -> None:
         """Raises PlanError when the arguments can't work together."""
         if self.budget.unit == "bytes":

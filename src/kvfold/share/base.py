@@ -3,8 +3,8 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from kvfold.budget import Percent
 from kvfold.errors import PlanError
+from kvfold.percent import Percent
 
 
 class Sharing(ABC):

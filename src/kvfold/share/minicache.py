@@ -23,8 +23,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from kvfold.budget import Percent
 from kvfold.errors import PlanError
+from kvfold.percent import Percent
 from kvfold.registry import register
 from kvfold.share.base import Sharing
 from kvfold.store.base import Fields, KVCodec, TensorCodec

@@ -11,8 +11,8 @@ mechanism for models that were trained with it.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvfold.budget import Percent
 from kvfold.errors import PlanError
+from kvfold.percent import Percent
 from kvfold.registry import register
 from kvfold.share.base import Sharing
 

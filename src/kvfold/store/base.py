@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from kvfold.frame import Frame
 from kvfold.site import Site
 
 Fields = dict[str, torch.Tensor]
@@ -54,6 +55,10 @@ class TensorCodec(ABC):
         """`|x_t|`, fields to `[..., T] float32`."""
         return self.decode(fields).norm(dim=-1)
 
+    def constants(self) -> Fields:
+        """Tensors of the codec itself, whatever the number of tokens: a basis made from the layer's weights. They count."""
+        return {}
+
     def fold_query(self, q: torch.Tensor) -> torch.Tensor:
         """What is done to queries once, before all blocks (a rotation)."""
         return q
@@ -61,6 +66,18 @@ class TensorCodec(ABC):
     def unfold_output(self, out: torch.Tensor) -> torch.Tensor:
         """What is done to the output once, after all blocks (the rotation back)."""
         return out
+
+
+class PositionalCodec(TensorCodec):
+    """A codec that has to know at which position each vector stands, and keeps it as a field. Its unit is the token."""
+
+    @abstractmethod
+    def encode_at(self, x: torch.Tensor, positions: torch.Tensor) -> Fields:
+        """`x [..., T, D]` of the positions that RoPE has turned them to, `[..., T] int`, broadcast."""
+
+    def encode(self, x: torch.Tensor) -> Fields:
+        """As if the tokens stood at the first positions."""
+        return self.encode_at(x, torch.arange(x.shape[-2], device=x.device))
 
 
 @dataclass(frozen=True)
@@ -79,9 +96,20 @@ class KVCodec:
         """Tokens a block."""
         return max(self.k.block, self.v.block)
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor) -> Fields:
-        """`[..., T, D]` each to one dict of fields, named `k.*` and `v.*`."""
+    @property
+    def positional(self) -> bool:
+        """Whether `encode` needs positions. Values have none."""
+        return isinstance(self.k, PositionalCodec)
+
+    def encode(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | None = None) -> Fields:
+        """`[..., T, D]` each to one dict of fields, named `k.*` and `v.*`; `positions [..., T] int` if the codec needs them."""
+        if isinstance(self.k, PositionalCodec) and positions is not None:
+            return join("k", self.k.encode_at(k, positions)) | join("v", self.v.encode(v))
         return join("k", self.k.encode(k)) | join("v", self.v.encode(v))
+
+    def constants(self) -> Fields:
+        """The tensors of both codecs that belong to no token."""
+        return join("k", self.k.constants()) | join("v", self.v.constants())
 
     def decode(self, fields: Fields) -> tuple[torch.Tensor, torch.Tensor]:
         return self.k.decode(part("k", fields)), self.v.decode(part("v", fields))
@@ -110,6 +138,10 @@ class Store(ABC):
     @abstractmethod
     def codec(self, site: Site) -> KVCodec:
         """The codecs for a layer. Raises PlanError when the method can't hold vectors of this size."""
+
+    def frame(self, site: Site) -> Frame | None:
+        """The coordinates in which a layer holds its tokens under this method; None for the model's own."""
+        return None
 
     def check(self) -> None:  # noqa: B027  (most methods have nothing to check)
         """Raises PlanError when the arguments can't work together."""

@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 
 from kvfold.registry import register
 from kvfold.site import Site
-from kvfold.store.affine import Affine, Axis, Scales
+from kvfold.store.affine import Affine
 from kvfold.store.base import KVCodec, Store, TensorCodec
 from kvfold.store.rotation import Rotated
+from kvfold.store.scales import Axis, Scales
 
 Group = Literal[16, 32, 64, 128]
 

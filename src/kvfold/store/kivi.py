@@ -4,7 +4,9 @@ Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache (arXiv
 Algorithm 1. The defaults are the paper's: groups of 32 and a residual of 128 tokens in full precision. Two bits with
 a half precision scale and zero for 32 numbers are 3 bits.
 
-Differs from the paper in that the residual leaves in blocks of 64 tokens: it holds `residual` to `residual + 63` of them.
+Differs from the paper in that K and V leave the residual together, in blocks of 64 tokens, so that it holds `residual` to
+`residual + 63` of both. The paper's holds `residual` values, but empties of keys whenever it has filled: 0 to `residual - 1`.
+At 128 that is 32 dense values and 96 dense keys less, on average, than here.
 """
 
 from dataclasses import dataclass

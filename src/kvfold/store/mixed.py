@@ -6,6 +6,7 @@ K needs more bits than V: its errors are amplified by the softmax, those of V ar
 
 from dataclasses import dataclass, field
 
+from kvfold.errors import PlanError
 from kvfold.registry import register
 from kvfold.site import Site
 from kvfold.store.base import KVCodec, Store
@@ -33,4 +34,7 @@ class Mixed(Store):
         self.v.check()
 
     def codec(self, site: Site) -> KVCodec:
-        return KVCodec(self.k.codec(site).k, self.v.codec(site).v)
+        codec = KVCodec(self.k.codec(site).k, self.v.codec(site).v)
+        if codec.positional and codec.unit == "block":
+            raise PlanError(f"mixed: {self.k.name} encodes token by token, but {self.v.name} holds V in whole blocks")
+        return codec

@@ -1,7 +1,8 @@
-"""A Hadamard rotation before any codec: it spreads outlier channels over all channels.
+"""A rotation before any codec: it spreads outlier channels over all channels.
 
 q · k = (q H) · (k H) for an orthogonal H, so the rotation is folded into the query before, and out of the output after;
-cached tokens are never rotated back. QuaRot (arXiv 2404.00456, section 4.2) and SpinQuant use it for the KV cache.
+cached tokens are never rotated back. QuaRot (arXiv 2404.00456, section 4.2) and SpinQuant use Hadamard matrices for the KV
+cache, TurboQuant (arXiv 2504.19874, section 3.1) a random one.
 
 It is not safe by itself: where k_proj has large biases (Qwen2, Qwen2.5) a rotation smears them over all channels and per-token
 codes collapse (docs/log.md). The defaults therefore rotate V only.
@@ -19,10 +20,11 @@ from kvfold.store.base import Fields, TensorCodec
 
 @dataclass(frozen=True)
 class Rotated(TensorCodec):
-    """`inner` over vectors rotated by `hadamard(head_dim)`."""
+    """`inner` over vectors rotated by `hadamard(head_dim)` or `random_rotation(head_dim)`."""
 
     inner: TensorCodec
     head_dim: int
+    rotation: Literal["hadamard", "random"] = "hadamard"
 
     @property
     def unit(self) -> Literal["token", "block"]:
@@ -32,8 +34,12 @@ class Rotated(TensorCodec):
     def block(self) -> int:
         return self.inner.block
 
+    def matrix(self) -> torch.Tensor:
+        """The rotation, `[D, D] float32`: made once, never freed."""
+        return hadamard(self.head_dim) if self.rotation == "hadamard" else random_rotation(self.head_dim)
+
     def _matrix(self, like: torch.Tensor) -> torch.Tensor:
-        return hadamard(self.head_dim).to(like.device)
+        return self.matrix().to(like.device)
 
     def turn(self, x: torch.Tensor) -> torch.Tensor:
         """What is encoded: `x [..., D]`, rotated, in float32."""
@@ -72,6 +78,17 @@ def hadamard(dim: int) -> torch.Tensor:
             return torch.kron(_sylvester(power), _paley(core)) / math.sqrt(dim)
     block = dim & -dim
     return torch.block_diag(*[_sylvester(block)] * (dim // block)) / math.sqrt(block)
+
+
+@functools.cache
+def random_rotation(dim: int) -> torch.Tensor:
+    """An orthogonal `[dim, dim] float32`, drawn evenly from all of them: always the same one.
+
+    The Q of a Gaussian matrix, columns signed so that R has a positive diagonal (Mezzadri, arXiv math-ph/0609050, section 5).
+    """
+    gaussian = torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q, r = torch.linalg.qr(gaussian)
+    return (q * r.diagonal().sign()).float()
 
 
 def _sylvester(dim: int) -> torch.Tensor:

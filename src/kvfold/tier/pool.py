@@ -5,7 +5,8 @@ they are, so that what is read is bit for bit what was written.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 
@@ -18,7 +19,7 @@ from kvfold.tier.stage import Reader, Request, Stage
 from kvfold.tier.tier import Tier
 
 DEVICE, HOST, DISK = 0, 1, 2
-STAGED_TOKENS = 1024
+STAGED_TOKENS = 4096
 """Tokens a row that come to the device at a time."""
 IDLE = 1 / 8
 """The share of a place's memory that may be free, so that the next blocks find room; none where a budget counts bytes."""
@@ -26,6 +27,14 @@ IDLE = 1 / 8
 
 class FullError(KvfoldError):
     """All tiers of a plan are full."""
+
+
+class Dense(Protocol):
+    """What the pool must know of the dense tokens beside it."""
+
+    def counts(self) -> torch.Tensor: ...
+
+    def tensors(self) -> Fields: ...
 
 
 class TieredPool(BlockPool):
@@ -228,13 +237,17 @@ class TieredPool(BlockPool):
 
     # -- moving ----------------------------------------------------------------------------------------------------------
 
-    def spill(self, num_real: list[int], dense: torch.Tensor, dense_bytes: int) -> None:
+    def spill(self, num_real: list[int], *dense: Dense) -> None:
         """Moves blocks to where the plan wants them: the newest of each row on the device, the oldest as far down as need be.
 
         Args:
             num_real: tokens seen of each sequence.
-            dense: `[R] long`, tokens that are on the device in any case.
-            dense_bytes: what these take.
+            dense: what is on the device in any case.
+
+        Raises:
+            FullError: there is no room for a row's tokens.
+            PlanError: the device's budget, in bytes, has no room for a single block of each row.
+            FileError: the disk is full, or a file damaged.
         """
         idle = torch.tensor([i for i in self._free if self.where[i] >= 0], dtype=torch.long)
         if len(idle):
@@ -244,7 +257,7 @@ class TieredPool(BlockPool):
         counts = (self.table >= 0).sum(1)
         age = (counts[:, None] - 1 - torch.arange(self.table.shape[1], device=self.device)).cpu()
         present = age >= 0
-        limit = self._device_room(num_real, dense.cpu(), dense_bytes)
+        limit = self._device_room(num_real, dense)
         wanted = torch.zeros(age.shape, dtype=torch.int8)
         for place, room in ((HOST, self.tier.host), (DISK, self.tier.disk)):
             wanted[age >= limit[:, None]] = place
@@ -272,15 +285,17 @@ class TieredPool(BlockPool):
         self.at[ids] = self.shelves[place].put(blocks)
         self.where[ids] = place
 
-    def _device_room(self, num_real: list[int], dense: torch.Tensor, dense_bytes: int) -> torch.Tensor:
+    def _device_room(self, num_real: list[int], dense: Sequence[Dense]) -> torch.Tensor:
         """`[R]`: blocks that a row may have on the device; one at least, as it is being written."""
         budget = self.tier.device
-        num_rows = len(dense)
+        num_rows = self.table.shape[0]
         if budget.unit != "bytes":
             tokens = _by_row([budget.tokens(n) for n in num_real], num_rows)
-            return ((tokens - dense) // self.block).clamp_min(1)
+            return ((tokens - sum(run.counts().cpu() for run in dense)) // self.block).clamp_min(1)
+        dense_bytes = sum(x.nbytes for run in dense for x in run.tensors().values())
         known = [self.table, self.slots, self.score, self.where, self.at, *self.summary.values()]
-        staged = 2 * max(1, STAGED_TOKENS // self.block) * num_rows * self._block_bytes()
+        columns = min(self.table.shape[1], max(1, STAGED_TOKENS // self.block))
+        staged = 2 * columns * num_rows * self._block_bytes()
         staged = max(staged, sum(x.nbytes for x in self.stage.buffers))
         besides = dense_bytes + sum(x.nbytes for x in known) + staged / self.num_layers
         num_blocks = int((budget.value / self.num_layers - besides) // (self._block_bytes() * num_rows))

@@ -63,11 +63,11 @@ class Stage:
             if known() is pool and expected.same(request):
                 return future.result()
             future.exception()  # waits: its buffer must be free
-        return self._submit(pool, request).result()
+        return _fill(*self._prepared(pool, request))  # nobody to wait for: a thread would only cost time
 
     def expect(self, pool: "TieredPool", request: Request) -> None:
         """Begins to fetch what will probably be asked for next."""
-        self._ahead = weakref.ref(pool), request, self._submit(pool, request)
+        self._ahead = weakref.ref(pool), request, self._thread.submit(_fill, *self._prepared(pool, request))
 
     def after(self, pool: "TieredPool") -> "TieredPool | None":
         """The pool of the next layer; after the last one comes the first."""
@@ -75,12 +75,12 @@ class Stage:
         at = next(i for i, layer in enumerate(order) if self._pools[layer]() is pool)
         return self._pools[order[(at + 1) % len(order)]]()
 
-    def _submit(self, pool: "TieredPool", request: Request) -> "Future[Fields]":
+    def _prepared(self, pool: "TieredPool", request: Request) -> "tuple[Reader, Fields, torch.cuda.Event | None]":
+        """The arguments of `_fill`; takes the buffer that is not being read."""
         self._turn ^= 1
         target = self._views(pool, len(request.ids), self._turn)
-        read = pool.reader(request.ids)
         ready = torch.cuda.current_stream(pool.device).record_event() if pool.device.type == "cuda" else None
-        return self._thread.submit(_fill, read, target, ready)
+        return pool.reader(request.ids), target, ready
 
     def _views(self, pool: "TieredPool", num: int, turn: int) -> Fields:
         """A buffer as the fields of `num` blocks."""
@@ -106,7 +106,7 @@ class Stage:
 
 
 def _fill(read: Reader, target: Fields, ready: "torch.cuda.Event | None") -> Fields:
-    """Runs in the thread: brings blocks into a buffer whose earlier readers are done when `ready` is."""
+    """Brings blocks into a buffer whose earlier readers are done when `ready` is."""
     if ready is None:
         read(target)
         return target

@@ -18,7 +18,7 @@ from kvfold.store.affine import Affine
 from kvfold.store.base import Fields, KVCodec, TensorCodec, part
 from kvfold.store.dense import DenseCodec
 from kvfold.store.fp8 import Float8
-from kvfold.store.rotation import Rotated, hadamard
+from kvfold.store.rotation import Rotated
 
 _native: Any
 try:
@@ -162,7 +162,7 @@ def _side(codec: TensorCodec, fields: Fields, capacity: int, block: int, head_di
     """K or V of blocks."""
     rotation = 0
     if isinstance(codec, Rotated):
-        matrix = hadamard(codec.head_dim)  # made once, never freed
+        matrix = codec.matrix()  # made once, never freed
         _check("rotation", matrix, (head_dim, head_dim), torch.float32)
         rotation, codec = matrix.data_ptr(), codec.inner
     _head_dim(head_dim)

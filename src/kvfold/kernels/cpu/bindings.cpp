@@ -95,7 +95,10 @@ void encode(int kind, int input, bool by_channel, bool symmetric, int scale_kind
 
 }  // namespace
 
+void bind_step(nb::module_& m);  // step_bindings.cpp
+
 NB_MODULE(_native, m) {
+  bind_step(m);
   nb::class_<Side>(m, "Side");
   nb::class_<Segment>(m, "Segment");
   m.def("side", &side);

@@ -6,9 +6,10 @@ A rotation before the codec stays torch's product, whose sums no other code woul
 import torch
 
 from kvfold.kernels import cpu
-from kvfold.store.affine import Affine, channel_group, scale_bounds, scale_grid
+from kvfold.store.affine import Affine
 from kvfold.store.base import Fields, TensorCodec
 from kvfold.store.rotation import Rotated
+from kvfold.store.scales import channel_group, scale_bounds, scale_grid
 
 
 def encodes(codec: TensorCodec) -> bool:
@@ -41,7 +42,7 @@ def encode(codec: TensorCodec, x: torch.Tensor) -> Fields:
         fields["base"] = x.new_empty(*lead, 1, dtype=torch.float16)
     if not codec.symmetric:
         fields["zero"] = x.new_empty(of_scale, dtype=torch.float16)
-    grid, bounds = (scale_grid(codec.axis), scale_bounds(codec)) if log8 else (None, None)
+    grid, bounds = (scale_grid(codec.axis), scale_bounds(codec.axis, codec.nearest)) if log8 else (None, None)
     cpu._native.choose(cpu.chosen())
     cpu._native.encode(
         cpu._KINDS[codec.bits],

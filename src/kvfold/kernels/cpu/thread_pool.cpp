@@ -3,6 +3,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -37,6 +38,7 @@ class ThreadPool {
       workers_.emplace_back(&ThreadPool::serve, this, int(workers_.size()) + 1, generation_.load());
     }
     next_.store(0);
+    failure_ = nullptr;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       job_ = {&work, num_tasks, num_threads};
@@ -50,6 +52,7 @@ class ThreadPool {
     }
     // On a machine with more work than cores the last worker may not be running: then it needs this core.
     for (int i = 0; active_.load(std::memory_order_acquire) > 0; i++) i < kSpins ? pause() : std::this_thread::yield();
+    if (failure_) std::rethrow_exception(failure_);
   }
 
  private:
@@ -58,8 +61,15 @@ class ThreadPool {
     int num_tasks = 0, num_threads = 0;
   };
 
+  // An exception (no memory, say) ends the job; the caller gets the first one, whichever thread it came from.
   void take_tasks(Job job, int thread) {
-    for (int task; (task = next_.fetch_add(1)) < job.num_tasks;) (*job.work)(task, thread);
+    try {
+      for (int task; (task = next_.fetch_add(1)) < job.num_tasks;) (*job.work)(task, thread);
+    } catch (...) {
+      next_.store(job.num_tasks);
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!failure_) failure_ = std::current_exception();
+    }
   }
 
   void serve(int thread, uint64_t seen) {
@@ -85,6 +95,7 @@ class ThreadPool {
   Job job_;
   std::atomic<uint64_t> generation_{0};
   std::atomic<int> next_{0}, active_{0};
+  std::exception_ptr failure_;
 };
 
 std::mutex in_use;

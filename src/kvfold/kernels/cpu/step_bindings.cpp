@@ -1,0 +1,115 @@
+// What Python sees of the decoder layer. Pointers come as integers; kvfold/kernels/cpu/step.py has checked what they point to.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
+
+#include "schedule.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using namespace kvfold;
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Weight weight(int form, uintptr_t data, int rows, int columns, uintptr_t bias) {
+  return {Form(form), pointer<const uint8_t>(data), rows, columns, pointer<const float>(bias)};
+}
+
+Norm norm(uintptr_t weight, float eps) { return {pointer<const float>(weight), eps}; }
+
+// `weights`: q, k, v, o, gate, up, down. `norms`: before attention, of queries, of keys, after attention, before the MLP, after it.
+DecoderLayer decoder_layer(int number, int activation, int num_query_heads, int num_kv_heads, int head_dim, nb::list weights,
+                           nb::list norms) {
+  if (weights.size() != 7 || norms.size() != 6) throw nb::value_error("seven weights and six norms");
+  DecoderLayer layer = {};
+  layer.number = Number(number);
+  layer.activation = Activation(activation);
+  layer.num_query_heads = num_query_heads;
+  layer.num_kv_heads = num_kv_heads;
+  layer.head_dim = head_dim;
+  Weight* each[] = {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down};
+  for (size_t i = 0; i < 7; i++) *each[i] = nb::cast<const Weight&>(weights[i]);
+  Norm* every[] = {&layer.before_attention, &layer.q_norm,     &layer.k_norm,
+                   &layer.after_attention,  &layer.before_mlp, &layer.after_mlp};
+  for (size_t i = 0; i < 6; i++) *every[i] = nb::cast<const Norm&>(norms[i]);
+  layer.hidden = layer.o.rows;
+  layer.inner = layer.gate.rows;
+  return layer;
+}
+
+// `given` has (segment, starts, lengths) of each segment; the last one grows, and its slots follow from start and length.
+Tail tail(nb::list given) {
+  Tail result;
+  for (nb::handle one : given) {
+    nb::tuple fields = nb::cast<nb::tuple>(one);
+    result.segments.push_back(nb::cast<const Segment&>(fields[0]));
+    result.starts.push_back(nb::cast<std::vector<int64_t>>(fields[1]));
+    result.lengths.push_back(nb::cast<std::vector<int64_t>>(fields[2]));
+  }
+  if (result.segments.empty()) throw nb::value_error("a tail has a segment");
+  Segment& last = result.segments.back();
+  if (result.starts.back().size() != size_t(last.rows) || result.lengths.back().size() != size_t(last.rows)) {
+    throw nb::value_error("a start and a length for every row");
+  }
+  last.slots = nullptr;
+  return result;
+}
+
+int64_t capacity(const Segment& s) { return s.table ? int64_t(s.columns) * s.block : s.width; }
+
+void check(int count) {
+  if (count < 1 || count > kMostVectors) throw nb::value_error("a step takes 1 to 8 tokens");
+}
+
+}  // namespace
+
+void bind_step(nb::module_& m) {
+  nb::class_<Weight>(m, "Weight");
+  nb::class_<Norm>(m, "Norm");
+  nb::class_<DecoderLayer>(m, "DecoderLayer");
+  nb::class_<Tail>(m, "Tail");
+  m.def("tail", &tail);
+  m.def("step", [](const DecoderLayer& layer, Tail& tail, uintptr_t hidden, int count, int number, uintptr_t cos, uintptr_t sin, int size,
+                   bool same, float scaling, float softcap, uintptr_t out, int num_threads) {
+    check(count);
+    const Segment& last = tail.segments.back();
+    if (last.rows != count * layer.num_kv_heads || last.head_dim != layer.head_dim) throw nb::value_error("a tail of other rows");
+    for (int64_t length : tail.lengths.back()) {
+      if (length >= capacity(last)) throw nb::value_error("a tail without room");
+    }
+    nb::gil_scoped_release release;
+    const Positions positions = {Number(number), pointer<void>(cos), pointer<void>(sin), size, same};
+    step(layer, tail, pointer<void>(hidden), count, positions, scaling, softcap, pointer<void>(out), num_threads);
+  });
+  m.attr("most_vectors") = kMostVectors;
+  m.def("weight", &weight);
+  m.def("norm", &norm);
+  m.def("decoder_layer", &decoder_layer);
+  m.def("linear", [](const Weight& w, int number, uintptr_t x, int count, uintptr_t y, int num_threads) {
+    check(count);
+    nb::gil_scoped_release release;
+    linear(w, Number(number), pointer<void>(x), count, pointer<void>(y), num_threads);
+  });
+  m.def("unpack", [](const Weight& w, int number, uintptr_t to, int num_threads) {
+    nb::gil_scoped_release release;
+    unpack(w, Number(number), pointer<void>(to), num_threads);
+  });
+  m.def("before_attention", [](const DecoderLayer& layer, uintptr_t hidden, int count, int number, uintptr_t cos, uintptr_t sin,
+                               int size, bool same, uintptr_t q, uintptr_t keys, uintptr_t values, int num_threads) {
+    check(count);
+    nb::gil_scoped_release release;
+    const Positions positions = {Number(number), pointer<void>(cos), pointer<void>(sin), size, same};
+    before_attention(layer, pointer<void>(hidden), count, positions, pointer<float>(q), pointer<void>(keys),
+                     pointer<void>(values), num_threads);
+  });
+  m.def("after_attention", [](const DecoderLayer& layer, uintptr_t hidden, uintptr_t attended, int count, uintptr_t out,
+                              int num_threads) {
+    check(count);
+    nb::gil_scoped_release release;
+    after_attention(layer, pointer<void>(hidden), pointer<float>(attended), count, pointer<void>(out), num_threads);
+  });
+}
