@@ -129,7 +129,7 @@ def test_a_pyramid_of_bytes_is_not_exceeded(store: str) -> None:
         ("h2o(25%, layers=pyramid(0.5))", "beta is 1"),
         ("l2norm(64MiB)", "write skip=0"),
         ("h2o(64MiB, layers=pyramid) | hybrid | int4", "which hybrid changes"),
-        ("lagkv(25%, lag=1)", "no partition"),
+        ("lagkv(25%, lag=0)", "no partition"),
         ("expected(25%, future=0)", "1 or more"),
         ("scissorhands(25%, window=0)", "remembers nothing"),
     ],
@@ -151,7 +151,8 @@ PINNABLE = sorted(set(POLICIES) - {"window", "sink_window"})
 
 @pytest.mark.parametrize("store", ["dense", "int4"])
 @pytest.mark.parametrize("policy", PINNABLE)
-def test_pinned_tokens_are_always_there(policy: str, store: str) -> None:
+def test_pinned_tokens_are_always_there(policy: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVFOLD_CPU", "off")  # kernels round queries, and this is about which tokens are there
     model = sharp_model()
     cache = kvfold.cache(model, f"{policy}(40{POLICIES[policy]}) | {store}", pin=[range(5, 15), 20, range(12, 18)])
     oracle = Oracle.of(model, cache)

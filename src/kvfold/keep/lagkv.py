@@ -41,8 +41,8 @@ class LagKV(Keep):
 
     def check(self) -> None:
         super().check()
-        if self.lag < 2:
-            raise PlanError(f"lagkv: lag={self.lag} is no partition; give at least 2 tokens")
+        if self.lag < 1:
+            raise PlanError("lagkv: lag=0 is no partition; give at least 1 token")
 
     def first_score(self, k: torch.Tensor) -> torch.Tensor:
         return torch.full(k.shape[:2], UNSCORED, device=k.device)
