@@ -8,6 +8,7 @@ with none of kvfold's code.
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -274,7 +275,7 @@ def _storages(todo: list[Any]) -> dict[int, int]:
     seen: set[int] = set()
     while todo:
         item = todo.pop()
-        if id(item) in seen or isinstance(item, (type, str, bytes)):
+        if id(item) in seen or isinstance(item, (type, str, bytes, ModuleType)):
             continue
         seen.add(id(item))
         if isinstance(item, torch.Tensor):

@@ -17,6 +17,7 @@ from tiny import tiny_model, tiny_model_folder
 
 import kvfold
 from kvfold.errors import FileError, KvfoldError, ModelError
+from kvfold.files import cache_folder
 from kvfold.lab import text
 from kvfold.models import load, packages
 from kvfold.models.load import KNOWN_MODELS, source_of
@@ -111,9 +112,9 @@ def test_a_cache_folder_that_is_a_file(own_cache: Path) -> None:
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KVFOLD_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert packages.cache_folder() == Path("/somewhere/kvfold")
+    assert cache_folder() == Path("/somewhere/kvfold")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert packages.cache_folder() == Path.home() / ".cache" / "kvfold"
+    assert cache_folder() == Path.home() / ".cache" / "kvfold"
 
 
 # -- models -------------------------------------------------------------------------------------------------------------------

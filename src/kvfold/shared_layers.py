@@ -133,7 +133,7 @@ class MergedLayer(LayerCache):
         together = Run(_with_norms(k, x.k, y.k), _with_norms(v, x.v, y.v), x.slots).where(present & ~stays)
         self.merged.append(together)
         for layer, old in ((first, x), (self, y)):
-            layer.kept = join(layer.kept, old.where(stays)).owned()
+            layer.kept = join(layer.kept, old.where(stays)).trimmed()
             layer.recent = layer.recent.owned()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kvfold import kernels
 from kvfold.attention.dispatch import Located
 from kvfold.blocks import Blocks
 from kvfold.kernels import cpu
@@ -42,7 +43,7 @@ class Tail:
         same = (
             sink.whole and recent.whole and body.starts is not None and len({*zip(body.starts, body.lengths, strict=True)}) == 1
         )
-        if not same or cpu.chosen() is None or not cpu.supports_dense(dtype) or not recent.k.is_cpu:
+        if not same or kernels.serving(recent.k.device.type) is not cpu or not cpu.supports_dense(dtype):
             return None
         found = [segment.locate(head_dim) for segment in (sink, body) if segment.width]
         segments = [place for place in found if place is not None]

@@ -1,19 +1,22 @@
 """Which kernel attends: the compiled one where it can, plain torch elsewhere, and `kernel_name` says which.
 
-The compiled kernels take segments on the CPU whose codec they know (kvfold.kernels.cpu). All others run on the reference:
-other devices, a codec that is new, double precision, or an installation without a compiler. KVFOLD_CPU chooses by hand; what
-it asks for and can't have is an error.
+The compiled kernels take segments whose codec they know, on the CPU (kvfold.kernels.cpu) and on NVIDIA GPUs
+(kvfold.kernels.triton). All others run on the reference: other devices, a codec that is new, double precision, or an
+installation without a compiler or Triton. KVFOLD_CPU and KVFOLD_TRITON choose by hand; what they ask for and can't have is an
+error.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 
+from kvfold import kernels
 from kvfold.attention import reference
 from kvfold.attention.reference import Partial, Query, Tile, merge
-from kvfold.kernels import cpu
+from kvfold.kernels import cpu, triton
 from kvfold.kernels.cpu import encode as cpu_encode
 from kvfold.store.base import Fields, KVCodec, TensorCodec, join
 
@@ -25,10 +28,11 @@ class Located:
     """Where a segment lies in memory, for the compiled kernels.
 
     Attributes:
+        descriptor: what the family of kernels that serves its device made of it.
         starts, lengths: the first slot and the tokens of each row, where rows are contiguous; empty elsewhere.
     """
 
-    descriptor: cpu.Descriptor
+    descriptor: Any
     starts: Sequence[int] = ()
     lengths: Sequence[int] = ()
 
@@ -50,45 +54,53 @@ class Attended(Protocol):
 
 def kernel_name(codec: KVCodec | None = None, device: str = "cpu") -> str:
     """The kernel for a codec on a device ("cpu-avx512", "torch-reference"); without a codec, for those that are known."""
-    known = device == "cpu" and (codec is None or cpu.supports(codec))
-    chosen = cpu.chosen() if known else None
-    return f"cpu-{chosen}" if chosen else REFERENCE
+    family = kernels.serving(device)
+    if family is None or (codec is not None and not family.supports(codec)):
+        return REFERENCE
+    return kernels.name(device) or REFERENCE
 
 
 def attend(looks: Sequence[tuple[Attended, Query]]) -> Partial:
     """Attention over several segments together; their queries differ in q and first_visible only."""
     located: list[tuple[Located, Query]] = []
     partials: list[Partial] = []
-    compiled = _compiled(looks[0][1])
+    family = _family(looks[0][1])
     for segment, query in looks:
-        if compiled and (place := segment.locate(query.q.shape[-1])):
+        if family and (place := segment.locate(query.q.shape[-1])):
             located.append((place, query))
         else:
             partials.append(reference.attend(query, segment.codec, segment.tiles()))
-    if located:
+    if family and located:
         first = located[0][1]
-        given = [_look(place, query) for place, query in located]
-        partials.append(Partial(*cpu.attend(given, first.slots, first.num_groups, first.softcap)))
+        given = [_look(family, place, query) for place, query in located]
+        partials.append(Partial(*family.attend(given, first.slots, first.num_groups, first.softcap)))
     return merge(partials)
 
 
 def mass(segment: Attended, query: Query, lse: torch.Tensor) -> torch.Tensor:
     """`[R, G, N]`: see `kvfold.attention.reference.mass`."""
-    if _compiled(query) and (place := segment.locate(query.q.shape[-1])):
-        return cpu.mass(_look(place, query), query.slots, query.num_groups, query.softcap, lse, segment.width)
+    if (family := _family(query)) and (place := segment.locate(query.q.shape[-1])):
+        look = _look(family, place, query)
+        received: torch.Tensor = family.mass(look, query.slots, query.num_groups, query.softcap, lse, segment.width)
+        return received
     return reference.mass(query, segment.codec, segment.tiles(), lse)
 
 
 def encoder_name(codec: KVCodec, device: str = "cpu") -> str:
-    """What quantizes and packs: the compiled kernels where they know both codecs."""
+    """What quantizes and packs: the compiled kernels where they know both codecs (on a GPU, for head dims that they take)."""
+    if kernels.serving(device) is triton:
+        return triton.chosen(device) or REFERENCE
     known = all(_encodes(side, device) for side in (codec.k, codec.v))
     return f"cpu-{cpu.chosen()}" if known else REFERENCE
 
 
 def encode(codec: KVCodec, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | None = None) -> Fields:
-    """`KVCodec.encode`, compiled where that can be: the same fields, bit for bit."""
+    """`KVCodec.encode`, compiled where that can be (on a GPU: whole blocks): the same fields, on a CPU bit for bit."""
     if codec.positional:
         return codec.encode(k, v, positions)
+    on_gpu = kernels.serving(k.device.type) is triton
+    if on_gpu and k.shape[-2] == codec.block and triton.encodes(codec, k.shape[-1]):
+        return triton.encode(codec, k, v)
     return join("k", _encode(codec.k, k)) | join("v", _encode(codec.v, v))
 
 
@@ -100,10 +112,10 @@ def _encodes(codec: TensorCodec, device: str) -> bool:
     return device == "cpu" and cpu.chosen() is not None and cpu_encode.encodes(codec)
 
 
-def _compiled(query: Query) -> bool:
-    return query.q.device.type == "cpu" and cpu.chosen() is not None
+def _family(query: Query) -> ModuleType | None:
+    return kernels.serving(query.q.device.type)
 
 
-def _look(place: Located, query: Query) -> cpu.Look:
+def _look(family: ModuleType, place: Located, query: Query) -> Any:
     first = None if query.first_visible is None else query.first_visible.contiguous()
-    return cpu.Look(place.descriptor, query.q.contiguous(), first, place.starts, place.lengths)
+    return family.Look(place.descriptor, query.q.contiguous(), first, place.starts, place.lengths)

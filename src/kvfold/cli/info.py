@@ -19,8 +19,8 @@ def info() -> None:
 
     import kvfold
     from kvfold.attention.dispatch import kernel_name
+    from kvfold.files import cache_folder
     from kvfold.kernels import cpu
-    from kvfold.models.packages import cache_folder
 
     rows = {
         "kvfold": kvfold.__version__,

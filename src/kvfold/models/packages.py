@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvfold.errors import FileError
-from kvfold.files import explain, make_folder, replacing
+from kvfold.files import cache_folder, explain, make_folder, replacing
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +46,6 @@ class PackageFile:
     @property
     def file_name(self) -> str:
         return self.name or self.member.rpartition("/")[2]
-
-
-def cache_folder() -> Path:
-    """Where fetched files are kept: KVFOLD_CACHE, else kvfold in XDG_CACHE_HOME, else ~/.cache/kvfold. It need not exist."""
-    if folder := os.environ.get("KVFOLD_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvfold"
 
 
 def fetch(source: PackageFile) -> Path:

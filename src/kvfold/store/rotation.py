@@ -38,8 +38,12 @@ class Rotated(TensorCodec):
         """The rotation, `[D, D] float32`: made once, never freed."""
         return hadamard(self.head_dim) if self.rotation == "hadamard" else random_rotation(self.head_dim)
 
+    def matrix_on(self, device: torch.device) -> torch.Tensor:
+        """The same on a device."""
+        return _sent(self.head_dim, self.rotation, device)
+
     def _matrix(self, like: torch.Tensor) -> torch.Tensor:
-        return self.matrix().to(like.device)
+        return self.matrix_on(like.device)
 
     def turn(self, x: torch.Tensor) -> torch.Tensor:
         """What is encoded: `x [..., D]`, rotated, in float32."""
@@ -63,6 +67,12 @@ class Rotated(TensorCodec):
 
     def unfold_output(self, out: torch.Tensor) -> torch.Tensor:
         return self.inner.unfold_output(out) @ self._matrix(out).T
+
+
+@functools.cache
+def _sent(head_dim: int, rotation: str, device: torch.device) -> torch.Tensor:
+    """Sent to a device once: a copy at every step would wait for it."""
+    return (hadamard(head_dim) if rotation == "hadamard" else random_rotation(head_dim)).to(device)
 
 
 @functools.cache

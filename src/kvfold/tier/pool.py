@@ -292,7 +292,7 @@ class TieredPool(BlockPool):
         if budget.unit != "bytes":
             tokens = _by_row([budget.tokens(n) for n in num_real], num_rows)
             return ((tokens - sum(run.counts().cpu() for run in dense)) // self.block).clamp_min(1)
-        dense_bytes = sum(x.nbytes for run in dense for x in run.tensors().values())
+        dense_bytes = sum(x.untyped_storage().nbytes() for run in dense for x in run.tensors().values())
         known = [self.table, self.slots, self.score, self.where, self.at, *self.summary.values()]
         columns = min(self.table.shape[1], max(1, STAGED_TOKENS // self.block))
         staged = 2 * columns * num_rows * self._block_bytes()

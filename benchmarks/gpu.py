@@ -1,0 +1,302 @@
+"""Everything about the GPU in one call of less than nine minutes: is it right, how fast, and how near to the memory's speed.
+
+    PYTHONPATH=src python benchmarks/gpu.py [--out gpu.json] [--seconds 500] [--quick]
+
+First correctness, against attention in float64 over the decoded tokens; nothing is timed when that fails. Then launch
+configurations are tuned (and kept in the user's cache folder), and attention of one decoded token is measured on the shape of
+Llama-3-8B: 32 query heads on 8 KV heads of 128. Calls are captured in a CUDA graph over so many copies of the cache that no
+level-2 cache holds them; a time is the median of replays over the calls of a graph. Bytes are those of codes, scales and zero
+points, counted. Sections that no longer fit into --seconds are left out and named. The table comes last; the JSON file has all.
+
+It needs nothing but torch, Triton and transformers. Without a GPU, TRITON_INTERPRET=1 KVFOLD_TRITON=interpret and --smoke run
+all of it on tiny shapes in Triton's interpreter: its times mean nothing.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import statistics
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gpu_cases import LEVEL_2_BYTES, PLANS, Session, codec_of, correctness, field_bytes, filled, milliseconds, query
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kvfold
+from kvfold.attention import dispatch
+from kvfold.blocks import Blocks
+from kvfold.kernels.triton import Look, tuning
+from kvfold.kernels.triton.launch import attend as launch
+from kvfold.lab.roofline import Roofs, measure_roofs
+
+# -- tuning ------------------------------------------------------------------------------------------------------------------
+
+
+def tune(state: Session) -> None:
+    tokens, batch = (256, 1) if state.smoke else (32768, 2)
+    rows = batch * state.shape.kv_heads
+    found = {}
+    for plan in PLANS:
+        if state.smoke or not state.left(f"tuning {plan}", 40):
+            continue
+        blocks = filled(state, plan, rows, tokens, state.shape.head_dim)
+        asked = query(state, rows, state.shape.groups, state.shape.head_dim, tokens)
+        place = blocks.locate(state.shape.head_dim)
+        assert place is not None
+        look = Look(place.descriptor, asked.q, None, place.starts, place.lengths)
+
+        def measured(config: tuning.Config, look: Look = look, asked: Any = asked) -> float:
+            return milliseconds(state, [lambda: launch([look], asked.slots, asked.num_groups, None, config)] * 4, 10)["p50"]
+
+        block_m = max(8, state.shape.groups)
+        times = tuning.tune(place.descriptor, state.shape.head_dim, block_m, state.device, measured)
+        found[plan] = {str(config): ms for config, ms in times.items()}
+        state.say(f"tuned {plan}: {min(times, key=times.__getitem__)}")
+    state.results["tuning"] = found
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------------
+
+
+def copies_of(state: Session, num_bytes: int) -> int:
+    return 1 if state.smoke else max(2, min(32, -(-LEVEL_2_BYTES // num_bytes)))
+
+
+def decode(state: Session, roofs: Roofs) -> None:
+    """Attention of one token: every plan and torch's own over dense bfloat16."""
+    cells = [(1, 128)] if state.smoke else [(1, 1024), (1, 2048), (1, 4096), (1, 32768), (1, 131072), (16, 32768), (16, 131072)]
+    rows = state.results["decode"] = []
+    for batch, tokens in cells:
+        if not state.left(f"decode at batch {batch}, {tokens} tokens", 15):
+            continue
+        for name, (calls, num_bytes) in variants(state, batch, tokens):
+            try:
+                ms = milliseconds(state, calls())
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                rows.append({"batch": batch, "tokens": tokens, "variant": name, "error": str(error).splitlines()[0]})
+                continue
+            rate = num_bytes / ms["p50"] / 1e6
+            row = {"batch": batch, "tokens": tokens, "variant": name, "ms": ms, "bytes": num_bytes, "gb_per_s": rate}
+            rows.append(row | {"of_copy": rate * 1e9 / roofs.copy})
+            if not state.smoke:
+                torch.cuda.empty_cache()
+        state.say(f"decode, batch {batch}, {tokens} tokens")
+
+
+def variants(state: Session, batch: int, tokens: int) -> Any:
+    """Names with a way to make the calls and the bytes that one of them reads."""
+    shape = state.shape
+    dense_bytes = 4 * batch * shape.kv_heads * tokens * shape.head_dim
+
+    def torch_calls(backend: SDPBackend) -> Callable[[], list[Callable[[], object]]]:
+        def make() -> list[Callable[[], object]]:
+            sizes = (batch, shape.kv_heads, tokens, shape.head_dim)
+            q = torch.randn(batch, shape.kv_heads * shape.groups, 1, shape.head_dim, device=state.device).bfloat16()
+            caches = [
+                tuple(torch.randn(sizes, device=state.device, dtype=torch.bfloat16) for _ in "kv")
+                for _ in range(copies_of(state, dense_bytes))
+            ]
+
+            def call(k: torch.Tensor, v: torch.Tensor) -> object:
+                with sdpa_kernel(backend):
+                    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+            return [lambda k=k, v=v: call(k, v) for k, v in caches]
+
+        return make
+
+    flash = SDPBackend.MATH if state.smoke else SDPBackend.FLASH_ATTENTION
+    yield "sdpa-flash bf16", (torch_calls(flash), dense_bytes)
+    if importlib.util.find_spec("flash_attn") and not state.smoke:
+        yield "flash-attn bf16", (flash_attention_calls(state, batch, tokens, dense_bytes), dense_bytes)
+    for plan in PLANS:
+        first = filled(state, plan, batch * shape.kv_heads, tokens, shape.head_dim)
+        num_bytes = field_bytes(first)
+
+        def make(plan: str = plan, first: Blocks = first, num_bytes: int = num_bytes) -> list[Callable[[], object]]:
+            rows = batch * shape.kv_heads
+            more = range(copies_of(state, num_bytes) - 1)
+            caches = [first, *(filled(state, plan, rows, tokens, shape.head_dim) for _ in more)]
+            asked = query(state, rows, shape.groups, shape.head_dim, tokens)
+            return [lambda blocks=blocks: dispatch.attend([(blocks, asked)]) for blocks in caches]
+
+        yield plan, (make, num_bytes)
+        del first
+
+
+def flash_attention_calls(
+    state: Session, batch: int, tokens: int, dense_bytes: int
+) -> Callable[[], list[Callable[[], object]]]:
+    """FlashAttention's own kernel for decoding, which splits over the sequence."""
+
+    def make() -> list[Callable[[], object]]:
+        from flash_attn import flash_attn_with_kvcache
+
+        shape = state.shape
+        q = torch.randn(batch, 1, shape.kv_heads * shape.groups, shape.head_dim, device=state.device).bfloat16()
+        sizes = (batch, tokens, shape.kv_heads, shape.head_dim)
+        caches = [
+            [torch.randn(sizes, device=state.device, dtype=torch.bfloat16) for _ in "kv"]
+            for _ in range(copies_of(state, dense_bytes))
+        ]
+        return [lambda k=k, v=v: flash_attn_with_kvcache(q, k, v) for k, v in caches]
+
+    return make
+
+
+def rest(state: Session, roofs: Roofs) -> None:
+    """Masses for keep policies, a chunk of a prompt, and encoding."""
+    shape = state.shape
+    tokens, chunk = (128, 8) if state.smoke else (32768, 512)
+    if state.left("masses and chunks", 40):
+        rows = state.results["other"] = []
+        for plan in PLANS:
+            blocks = filled(state, plan, shape.kv_heads, tokens, shape.head_dim)
+            one = query(state, shape.kv_heads, shape.groups, shape.head_dim, tokens)
+            many = query(state, shape.kv_heads, shape.groups, shape.head_dim, tokens, chunk)
+            lse = dispatch.attend([(blocks, one)]).lse
+            mass = milliseconds(state, [lambda b=blocks, q=one, s=lse: dispatch.mass(b, q, s)])["p50"]
+            part = milliseconds(state, [lambda b=blocks, q=many: dispatch.attend([(b, q)])], 5)["p50"]
+            flops = 4 * shape.kv_heads * shape.groups * chunk * tokens * shape.head_dim
+            rows.append({"plan": plan, "mass_ms": mass, "chunk_ms": part, "chunk_of_matmul": flops / part * 1e3 / roofs.matmul})
+        state.say("masses and chunks")
+    if state.left("encoding", 20):
+        rows = state.results["encode"] = []
+        num = 4 if state.smoke else 8192 // 64 * shape.kv_heads
+        for plan in ("int8", "int4", "int2", "kivi2", "fp8"):
+            codec = codec_of(plan, shape.head_dim)
+            k, v = torch.randn(2, num, codec.block, shape.head_dim, device=state.device).bfloat16()
+            ms = milliseconds(state, [lambda c=codec, k=k, v=v: dispatch.encode(c, k, v)])["p50"]
+            # The least that the prefill of as many tokens takes: 8.0e9 weights, 32 layers, at the measured matmul rate.
+            prefill_ms = 2 * 8.0e9 * (num * codec.block / shape.kv_heads) / roofs.matmul * 1e3
+            rows.append({"plan": plan, "ms": ms, "of_least_prefill": 32 * ms / prefill_ms})
+        state.say("encoding")
+
+
+def whole_model(state: Session) -> None:
+    """Eager transformers with random weights: a decode step, its peak memory, and the counted bytes."""
+    if not state.left("whole model", 90):
+        return
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache
+
+    from kvfold.lab.generate import generate
+
+    small = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 200}
+    large = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 32000}
+    layers, tokens, new = (1, 70, 2) if state.smoke else (8, 16384, 24)
+    config = LlamaConfig(
+        **(small if state.smoke else large),
+        num_hidden_layers=layers,
+        num_attention_heads=state.shape.kv_heads * state.shape.groups,
+        num_key_value_heads=state.shape.kv_heads,
+        head_dim=state.shape.head_dim,
+        max_position_embeddings=2 * tokens,
+    )
+    with torch.device(state.device):
+        model = LlamaForCausalLM(config).to(torch.float32 if state.smoke else torch.bfloat16).eval()
+    ids = torch.randint(0, config.vocab_size, (1, tokens), device=state.device)
+    rows = state.results["model"] = []
+    makers: dict[str, Callable[[], Any]] = {"DynamicCache": lambda: DynamicCache(config=config)}
+    for backend in ("quanto", "hqq"):
+        if importlib.util.find_spec({"quanto": "optimum"}.get(backend, backend)):
+            makers[f"QuantizedCache {backend} int4"] = lambda b=backend: QuantizedCache(b, config, nbits=4)
+    makers |= {plan: (lambda p=plan: kvfold.cache(model, PLANS[p])) for plan in (["int4"] if state.smoke else PLANS)}
+    for name, make in makers.items():
+        if not state.left(f"whole model, {name}", 15):
+            continue
+        generate(model, ids[:, :200], make(), 2)
+        if not state.smoke:
+            torch.cuda.reset_peak_memory_stats()
+        before = 0 if state.smoke else torch.cuda.memory_allocated()
+        cache = make()
+        done = generate(model, ids, cache, new, chunk=2048)
+        peak = 0 if state.smoke else torch.cuda.max_memory_allocated() - before
+        token_ms = statistics.median(done.token_ms)
+        counted = getattr(cache, "nbytes", None)
+        rows.append(
+            {"cache": name, "ttft_ms": done.ttft_ms, "token_ms": token_ms, "peak_bytes": peak, "counted_bytes": counted}
+        )
+        state.say(f"whole model, {name}: {token_ms:.2f} ms a token")
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------------
+
+
+def table(state: Session) -> None:
+    rows = [row for row in state.results.get("decode", []) if "ms" in row]
+    base = {(r["batch"], r["tokens"]): r["ms"]["p50"] for r in rows if r["variant"].startswith("sdpa")}
+    print(f"\n{'batch':>5} {'tokens':>7} {'variant':<16} {'us':>9} {'p20-p80':>15} {'GB/s':>6} {'of copy':>8} {'x sdpa':>7}")
+    for r in rows:
+        ms = r["ms"]
+        spread = f"{1e3 * ms['p20']:.1f}-{1e3 * ms['p80']:.1f}"
+        faster = base.get((r["batch"], r["tokens"]), float("nan")) / ms["p50"]
+        print(
+            f"{r['batch']:>5} {r['tokens']:>7} {r['variant']:<16} {1e3 * ms['p50']:>9.1f} {spread:>15} {r['gb_per_s']:>6.0f} "
+            f"{r['of_copy']:>8.0%} {faster:>7.2f}"
+        )
+    for r in state.results.get("other", []):
+        print(
+            f"{r['plan']:<8} masses {1e3 * r['mass_ms']:.1f} us, "
+            f"chunk {r['chunk_ms']:.2f} ms ({r['chunk_of_matmul']:.0%} of the matmul rate)"
+        )
+    for r in state.results.get("encode", []):
+        print(f"{r['plan']:<8} encoding {r['ms']:.3f} ms a layer, {r['of_least_prefill']:.1%} of the least prefill")
+    for r in state.results.get("model", []):
+        counted = "" if r["counted_bytes"] is None else f", counted {r['counted_bytes'] / 2**20:.0f} MiB"
+        print(f"{r['cache']:<26} {r['token_ms']:.2f} ms a token, peak {r['peak_bytes'] / 2**20:.0f} MiB{counted}")
+    if state.results["left_out"]:
+        print("left out for lack of time:", ", ".join(state.results["left_out"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--quick", action="store_true", help="correctness only")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes in the interpreter: times mean nothing")
+    args = parser.parse_args()
+    if not args.smoke and not torch.cuda.is_available():
+        raise SystemExit("no GPU: --smoke runs tiny shapes in Triton's interpreter")
+    torch.manual_seed(0)
+    state = Session(args)
+    state.results |= setting(state)
+    state.say(f"{state.results['device']}, kernel {state.results['kernel']}, {state.results['versions']}")
+    right = correctness(state)
+    if right and not args.quick:
+        sizes = {"num_bytes": 2**20, "size": 64} if state.smoke else {}
+        roofs = measure_roofs(state.device, torch.float32 if state.smoke else torch.bfloat16, **sizes)
+        state.results["roofs"] = vars(roofs)
+        state.say(
+            f"read {roofs.read / 1e9:.0f} GB/s, copy {roofs.copy / 1e9:.0f} GB/s, matmul {roofs.matmul / 1e12:.0f} TFLOP/s"
+        )
+        for section in (
+            lambda: tune(state),
+            lambda: decode(state, roofs),
+            lambda: rest(state, roofs),
+            lambda: whole_model(state),
+        ):
+            section()
+    table(state)
+    args.out.write_text(json.dumps(state.results, indent=1) + "\n")
+    print(args.out)
+    if not right:
+        raise SystemExit("some results are wrong: nothing was timed")
+
+
+def setting(state: Session) -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": "interpreter" if state.smoke else torch.cuda.get_device_name(state.device),
+        "kernel": dispatch.kernel_name(device=state.device.type),
+        "versions": versions | {"kvfold": kvfold.__version__, "cuda": torch.version.cuda},
+    }
+
+
+if __name__ == "__main__":
+    main()
