@@ -75,7 +75,7 @@ def main() -> None:
             with path.open("a") as file:
                 file.write(json.dumps(known[plan]) + "\n")
             print(known[plan], flush=True)
-        (options.out / "table.md").write_text(table(known, wanted, options, model.name_or_path))
+        (options.out / "table.md").write_text(table(known, wanted, options))
 
 
 def arguments() -> argparse.Namespace:
@@ -132,10 +132,10 @@ def measure(
     }
 
 
-def table(known: dict[str, Any], wanted: dict[str, list[str]], options: argparse.Namespace, model: str) -> str:
+def table(known: dict[str, Any], wanted: dict[str, list[str]], options: argparse.Namespace) -> str:
     """Markdown: a policy and its twin side by side, and where it loses."""
     lines = [
-        f"{model or options.model}, float32. KL and perplexity: {options.prefill} tokens prefilled, {options.stream} streamed",
+        f"{options.model}, float32. KL and perplexity: {options.prefill} tokens prefilled, {options.stream} streamed",
         f"by 32. Needles and article: {options.read} tokens read, then asked; *found* is the share of right answers by greedy",
         "decoding, *log p* the mean log-probability of the right answer. Numbers after the slash are those of random eviction",
         "that pins the same tokens. MiB counts everything, at the end of the stream.",
