@@ -129,7 +129,7 @@ def test_full_takes_no_more_than_transformers_own_cache() -> None:
 def test_evicted_tokens_free_their_memory() -> None:
     model = sharp_model()
     sizes = {}
-    for plan in ("full", "h2o(25%)", "random(25%)", "window(25%)", "snapkv(25%)", "tova(25%)", "l2norm(25%)"):
+    for plan in ("full", "h2o(25%)", "random(25%)", "window(25%)", "snapkv(25%)", "tova(25%)", "l2norm(25%, skip=0)"):
         cache = kvfold.cache(model, plan)
         chunked(model, cache, tokens(1, 2048), None, [512] * 4)
         sizes[plan] = cache.nbytes

@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import kvfold
 from kvfold.layer_cache import LayerCache
+from kvfold.plan import Plan
 
 # One plan of each kind: dense, packed by token, packed by block, evicting, both, with dense tokens, mixed over layers.
 PLANS = [
@@ -20,8 +21,11 @@ PLANS = [
     "snapkv(24, window=8, heads=ada) | int4",
     "protect(sink=3, window=5) | int4",
     "hybrid(edge=1, edge_store=int8) | int4",
+    "sieve(20)",
+    "kvzip(20, sink=2)",
+    "expected(24, refresh_every=3, sink=2)",
 ]
-KEEPING = [plan for plan in PLANS if "(16)" not in plan and "snapkv" not in plan and "sink_window" not in plan]
+KEEPING = ["full", *(plan for plan in PLANS if Plan.parse(plan).keep is None and plan != "full")]
 GREEDY = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
 
 

@@ -42,7 +42,13 @@ PLANS = [
     "snapkv(64) | int8(k_axis=token)",
     "tova(30)",
     "random(48) | fp8",
-    "l2norm(25%) | kivi(int4)",
+    "l2norm(25%, skip=0) | kivi(int4)",
+    "sieve(40)",
+    "expected(40, refresh_every=7)",
+    "kvzip(30%) | int8(k_axis=token)",
+    "lagkv(60, lag=16) | int4",
+    "keydiff(40, layers=pyramid)",
+    "scissorhands(40)",
 ]
 
 

@@ -5,10 +5,10 @@ import typing
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kvfold.budget import Budget
+from kvfold.budget import Budget, LayerSplit
 from kvfold.catalog import STRATEGIES, resolve
 from kvfold.errors import PlanError
 from kvfold.keep.base import Share
@@ -28,6 +28,8 @@ def _values(hint: Any) -> st.SearchStrategy[str]:
         return BUDGETS
     if hint is Share:
         return SHARES
+    if hint is LayerSplit:
+        return st.sampled_from(["uniform", "pyramid", "pyramid(7.5)", "weights(3, 2, 0.5)"])
     if hint is Percent:
         return st.sampled_from(["1%", "12.5%", "50%", "100%"])
     if hint is bool:
@@ -75,10 +77,14 @@ def plans(draw: st.DrawFn) -> str:
             stages.append(by_layer if by_layer.startswith("layers") else draw(_call("hybrid", Hybrid)))
         name = draw(st.sampled_from(sorted(methods("store"))))
         stages.append(draw(_call(name, methods("store")[name])))
+    # Bytes count for all layers alike: what treats layers differently is refused beside them, as other tests hold.
+    text = " | ".join(stages)
+    assume(not ("iB" in text and ("l2norm" in text or "hybrid" in text)))
     if not first and draw(st.booleans()):
         stages.append(draw(st.sampled_from(["minicache", "minicache(start=0%, keep=10%)", "minicache(25%, 5%, weight=50%)"])))
         return " | ".join(stages)
     if draw(st.booleans()):
+        assume("kvzip" not in text)
         stages.append(draw(st.sampled_from(["share", "share(start=25%, every=3)"])))
     if draw(st.booleans()):
         room = st.one_of(st.just(""), BUDGETS.map(lambda text: f"={text}"))
@@ -110,7 +116,7 @@ def test_every_layer_of_a_plan_has_a_codec(text: str) -> None:
         edge = plan.hybrid is not None and min(index, 4 - index) < plan.hybrid.edge
         own = plan.layers.store(index, 5) if plan.layers else None
         assert layer.store == (plan.hybrid.edge_store if edge and plan.hybrid else own or plan.store)
-        assert layer.keep == plan.keep
+        assert layer.keep == (plan.keep if plan.keep and index >= plan.keep.skip else None)
         assert layer.tier == plan.tier
         assert layer.read == (plan.read if plan.read and index >= plan.read.skip else None)
         if plan.protect:
@@ -193,7 +199,7 @@ def test_what_is_no_budget_and_no_share(text: str) -> None:
         ("h2o(25%, recnt=4)", ["recnt", "did you mean 'recent'?", "it takes budget"]),
         ("h2o(25%, group=median)", ["mean, max"]),
         ("h2o(25%, budget=30%)", ["given twice"]),
-        ("window(12, 13)", ["too many arguments", "it takes budget"]),
+        ("window(12, uniform, 13)", ["too many arguments", "it takes budget"]),
         ("int4(k_axis=chanel)", ["did you mean 'channel'?"]),
         ("int4(sink=-1)", ["whole number, 0 or more"]),
         ("sink_window(reindex=yes)", ["true or false"]),
@@ -258,11 +264,11 @@ def test_a_strategy_that_is_misspelt_is_led_back() -> None:
 def test_every_strategy_of_the_catalog_reads_and_prints() -> None:
     for strategy in STRATEGIES.values():
         assert str(Plan.parse(strategy.plan)) == strategy.plan
-        assert resolve(strategy.name) == resolve(strategy.plan)
+        assert all(resolve(name) == resolve(strategy.plan) for name in (strategy.name, *strategy.also))
         assert strategy.summary
     for stage in set(STAGES) - {"store"}:
         for name in methods(stage):
-            assert any(name in s.plan.partition("(")[0] or f"| {name}(" in s.plan for s in STRATEGIES.values()), name
+            assert any(s.plan.startswith(f"{name}(") or f"| {name}(" in s.plan for s in STRATEGIES.values()), name
 
 
 def test_what_strategies_change() -> None:

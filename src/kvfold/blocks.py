@@ -1,24 +1,14 @@
 """Encoded tokens of one layer, in blocks of a pool: writing them, thinning them out, and keeping them close together."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
-
 import torch
 
-from kvfold import kernels
 from kvfold.attention import dispatch
-from kvfold.attention.dispatch import Located
-from kvfold.attention.reference import Query, Tile
-from kvfold.block_view import BlockView
-from kvfold.pool import BlockPool, PoolPart
-from kvfold.segment import Run, Segment
-from kvfold.store.base import Fields, KVCodec
-
-Summarize = Callable[[torch.Tensor, torch.Tensor | None], Fields]
-"""Keys `[..., T, D]` of whole blocks, and the scores `[..., T]` of their tokens if they have any, to fields `page.*`."""
+from kvfold.block_reader import BlockReader
+from kvfold.segment import Run
+from kvfold.store.base import Fields
 
 
-class Blocks(Segment):
+class Blocks(BlockReader):
     """Encoded tokens in blocks of a pool; each row owns a list of blocks.
 
     Two ways to know the slots: rows that lose no token are contiguous, and a start and a length say it all; rows that
@@ -31,127 +21,6 @@ class Blocks(Segment):
 
     With `summarize` every block is written as a whole, together with what a read stage wants to know of it.
     """
-
-    def __init__(
-        self,
-        codec: KVCodec,
-        num_rows: int,
-        device: torch.device,
-        *,
-        contiguous: bool,
-        scored: bool,
-        pool: Callable[..., BlockPool] = BlockPool,
-        summarize: Summarize | None = None,
-    ):
-        self.codec, self.summarize = codec, summarize
-        self.pool = pool(num_rows, codec.block, device, slots=not contiguous, scored=scored)
-        self.starts: list[int] | None = [0] * num_rows if contiguous else None
-        self.lengths = [0] * num_rows if contiguous else []
-        self._described: tuple[Any, Any] | None = None
-
-    # -- what is there ---------------------------------------------------------------------------------------------------
-
-    @property
-    def unit(self) -> Literal["token", "block"]:
-        """What is written at a time."""
-        return "block" if self.summarize else self.codec.unit
-
-    @property
-    def contiguous(self) -> bool:
-        return self.starts is not None
-
-    @property
-    def width(self) -> int:
-        """Places a row, tokens or not: columns of the table times the block."""
-        return self.pool.table.shape[1] * self.pool.block
-
-    def slots(self) -> torch.Tensor:
-        """`[R, width] long`: the slot of every place, -1 where there is no token."""
-        return self._view(PoolPart({}, self.pool.table, self.pool.table, None), None, self.codec).slots()
-
-    def score(self) -> torch.Tensor:
-        """`[R, width] float32`: the keep policy's number for every place."""
-        return self.pool.score[self.pool.table.clamp_min(0)].flatten(1)
-
-    def set_score(self, score: torch.Tensor) -> None:
-        present = self.pool.table >= 0
-        self.pool.own()
-        self.pool.score[self.pool.table[present]] = score.view(*present.shape, -1)[present]
-
-    def block_bytes(self, head_dim: int) -> int:
-        """Bytes of one block: its fields, its slots and scores, and its place in the table."""
-        probe = torch.zeros(1, 1, self.codec.block, head_dim, device=self.pool.device)
-        fields = sum(x.nbytes for x in self.codec.encode(probe, probe).values())
-        return fields + self.codec.block * (4 + 4 * self.pool.scored) + self.pool.table.itemsize
-
-    def counts(self) -> torch.Tensor:
-        """`[R] long`: tokens of each row."""
-        if self.contiguous:
-            return torch.tensor(self.lengths, device=self.pool.device)
-        return (self.slots() >= 0).sum(1)
-
-    def tiles(self) -> Iterator[Tile]:
-        for view in self.parts():
-            yield from view.tiles()
-
-    def locate(self, head_dim: int) -> Located | None:
-        pool = self.pool
-        family = kernels.serving(pool.device.type)
-        if family is None or not pool.in_one_place or not pool.fields or not family.supports(self.codec):
-            return None
-        mark = family, pool.mark()
-        if self._described is None or self._described[0] != mark:
-            slots = pool.slots if pool.has_slots else None
-            self._described = mark, family.describe_blocks(self.codec, pool.fields, pool.table, slots, head_dim)
-        if self._described[1] is None:
-            return None
-        if self.starts is None:
-            return Located(self._described[1])
-        return Located(self._described[1], self.starts, self.lengths)
-
-    def parts(self, columns: torch.Tensor | None = None, codec: KVCodec | None = None) -> Iterator[BlockView]:
-        """What attention reads, part by part; each is valid until the next is asked for.
-
-        Args:
-            columns: `[R, n] long`, columns of the table in order, -1 after a row's last; None for all.
-            codec: one that reads the fields in another way than the one that writes them.
-        """
-        table = self.pool.table
-        if columns is not None:
-            table = table.gather(1, columns.clamp_min(0)).masked_fill(columns < 0, -1)
-        for part in self.pool.located(table):
-            mine = part.columns
-            if columns is not None:
-                mine = columns if mine is None else columns.gather(1, mine.clamp_min(0)).masked_fill(mine < 0, -1)
-            yield self._view(part, mine, codec or self.codec)
-
-    def mass(self, query: Query, lse: torch.Tensor) -> torch.Tensor:
-        if self.pool.in_one_place:
-            return super().mass(query, lse)
-        rows, num_columns = self.pool.table.shape
-        received = query.q.new_zeros(rows, query.num_groups, num_columns + 1, self.pool.block)
-        for view in self.parts():
-            assert view.columns is not None
-            columns = view.columns.masked_fill(view.columns < 0, num_columns)  # one too many, for what is none
-            mass = view.mass(query, lse).view(rows, query.num_groups, -1, self.pool.block)
-            received.scatter_(2, columns[:, None, :, None].expand_as(mass), mass)
-        return received[:, :, :-1].flatten(2)
-
-    def _view(self, part: PoolPart, columns: torch.Tensor | None, codec: KVCodec) -> BlockView:
-        """The blocks of a part, which are `columns [R, c]` of the table (None: all)."""
-        if self.starts is None:
-            return BlockView(codec, part.fields, part.index, columns, self.pool.slots_in(part))
-        if columns is None:
-            return BlockView(codec, part.fields, part.index, None, None, self.starts, self.lengths)
-        left = torch.tensor(self.lengths, device=columns.device)[:, None] - columns * self.pool.block
-        tokens = left.clamp(0, self.pool.block).masked_fill(columns < 0, 0).sum(1)
-        # Slots tell queries what is younger, or outside of a strict window; without a keep policy all that is held is seen.
-        return BlockView(codec, part.fields, part.index, columns, None, [0] * len(self.lengths), tokens.tolist())
-
-    def dense(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All tokens decoded, `[R, width, D] float32` twice, and their slots: for tests, never for attention."""
-        k, v = self.codec.decode(self.pool.read(self.pool.table.clamp_min(0)))
-        return k.flatten(1, 2), v.flatten(1, 2), self.slots()
 
     # -- what changes ----------------------------------------------------------------------------------------------------
 
@@ -169,22 +38,45 @@ class Blocks(Segment):
         else:
             self._write_blocks(run)
 
+    def set_score(self, score: torch.Tensor) -> None:
+        self.pool.own()
+        self._write_by_row(self.pool.score, score)
+
     def drop(self, gone: torch.Tensor) -> None:
         """Removes the tokens that `gone [R, width] bool` marks; whole blocks are given back at once."""
         if self.contiguous:
             self._keep_slots()
         self.pool.own()
-        places = self.pool.places(torch.arange(self.width, device=gone.device).expand_as(gone))
-        self.pool.slots.view(-1)[places[gone & (self.slots() >= 0)]] = -1
+        slots = self.slots().masked_fill(gone, -1)
+        self._write_by_row(self.pool.slots, slots)
+        self.lengths = (slots >= 0).sum(1).tolist()
+
+    def replace(
+        self, place: torch.Tensor, run: Run, rows: torch.Tensor | None = None, positions: torch.Tensor | None = None
+    ) -> None:
+        """Overwrites one token of each row (or of `rows [n]`), at `place [n] long`, with the one of `run`.
+
+        For codecs whose unit is the token. `positions [n, 1]` as for `append`.
+        """
+        pool = self.pool
+        if self.contiguous:
+            self._keep_slots()
+        pool.own()
+        table = pool.table if rows is None else pool.table[rows]
+        addresses = table.gather(1, (place // pool.block)[:, None])[:, 0] * pool.block + place % pool.block
+        encoded = dispatch.encode(self.codec, run.k, run.v, positions)
+        pool.write_tokens(addresses, {name: x[:, 0] for name, x in encoded.items()})
+        pool.slots.view(-1).index_copy_(0, addresses, run.slots[:, 0])
+        if run.score is not None:
+            pool.score.view(-1).index_copy_(0, addresses, run.score[:, 0])
 
     def tidy(self) -> None:
         """Gives back every block that the tokens of a row can do without."""
         if self.contiguous or self.width == 0:
             return
-        live = (self.slots().view(*self.pool.table.shape, -1) >= 0).sum(-1)
-        needed = (live.sum(1) + self.pool.block - 1) // self.pool.block
-        for row in torch.nonzero((self.pool.table >= 0).sum(1) > needed).flatten().tolist():
-            self._merge(row, None)
+        for row, (num_tokens, num_blocks) in enumerate(zip(self.lengths, self.pool.num_blocks(), strict=True)):
+            if num_blocks > -(-num_tokens // self.pool.block):
+                self._merge(row, None)
         self.pool.shrink()
 
     def crop(self, end: int) -> Run | None:
@@ -210,7 +102,7 @@ class Blocks(Segment):
         self.pool.select_rows(rows)
         if self.starts is not None:
             self.starts = [self.starts[r] for r in rows.tolist()]
-            self.lengths = [self.lengths[r] for r in rows.tolist()]
+        self.lengths = [self.lengths[r] for r in rows.tolist()]
 
     def restore(self, state: dict[str, torch.Tensor], starts: list[int] | None, lengths: list[int]) -> None:
         """Takes over the `state` of another one's pool, its starts and lengths; this one must be new."""
@@ -249,7 +141,7 @@ class Blocks(Segment):
         """From a start and a length to a slot for every place."""
         slots = self.slots().view(*self.pool.table.shape, self.pool.block)
         self.pool.keep_slots(slots)
-        self.starts, self.lengths = None, []
+        self.starts = None
 
     def _write_tokens(self, run: Run, positions: torch.Tensor | None) -> None:
         pool = self.pool
@@ -268,6 +160,13 @@ class Blocks(Segment):
             slots, score = slots[valid], None if score is None else score[valid]
         pool.write_tokens(addresses, written)
         self._note(addresses, slots, score)
+
+    def _write_by_row(self, x: torch.Tensor, values: torch.Tensor) -> None:
+        """`values [R, width]` to a pool's numbers, `[P, T]`; the pool must own its blocks."""
+        ids, by_block = self.pool.table.flatten(), values.reshape(-1, self.pool.block)
+        if not self.pool.full:
+            ids, by_block = ids[ids >= 0], by_block[ids >= 0]
+        x.index_copy_(0, ids, by_block)
 
     def _note(self, addresses: torch.Tensor, slots: torch.Tensor, score: torch.Tensor | None) -> None:
         """Writes the slots and scores of new tokens, where they are kept."""
@@ -291,10 +190,13 @@ class Blocks(Segment):
         """`[R, width]`: the first holes of each row; new blocks where `counts [R]` new tokens don't find enough."""
         pool = self.pool
         pool.own()
-        missing = (counts - self._free().sum(1)).clamp_min(0)
-        if bool(missing.any()):
-            has = (pool.table >= 0).sum(1)
-            pool.extend((has + (missing + pool.block - 1) // pool.block).tolist())
+        self.lengths = [n + c for n, c in zip(self.lengths, counts.tolist(), strict=True)]
+        has = pool.num_blocks()
+        wanted = [max(h, -(-n // pool.block)) for h, n in zip(has, self.lengths, strict=True)]
+        if wanted != has:
+            pool.extend(wanted)
+        if width == 1:  # the first hole of each row
+            return (self.slots() < 0).logical_and_(self._present()).to(torch.uint8).argmax(1, keepdim=True)
         free = self._free()
         # The first ones are the highest of (all - place) among the free ones. A row may have fewer than the widest needs.
         num_places = free.shape[1]
@@ -304,7 +206,7 @@ class Blocks(Segment):
 
     def _free(self) -> torch.Tensor:
         """`[R, width] bool`: places of a row's blocks that hold no token."""
-        return (self.slots() < 0) & (self.pool.table.repeat_interleave(self.pool.block, 1) >= 0)
+        return (self.slots() < 0) & self._present()
 
     def _write_blocks(self, run: Run) -> None:
         pool = self.pool
@@ -323,16 +225,19 @@ class Blocks(Segment):
                         pool.append_row_blocks(r, encoded)
             self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
             return
-        if uniform and counts[0] % pool.block == 0 and not bool(self._free().any()):
+        has_holes = sum(self.lengths) < sum(pool.num_blocks()) * pool.block
+        if uniform and counts[0] % pool.block == 0 and not has_holes:
             before = torch.tensor(pool.num_blocks(), device=pool.device)[:, None] * pool.block
             pool.append_blocks(pool.num_blocks(), self._encode_blocks(run.k, run.v, run.score))
             addresses = pool.places(before + torch.arange(run.width, device=pool.device)).flatten()
             self._note(addresses, run.slots.flatten(), None if run.score is None else run.score.flatten())
+            self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
             return
         for r, count in enumerate(counts):
             if count:
                 row = run.rows(torch.tensor([r], device=pool.device))
                 self._merge(r, row.where(row.slots >= 0))
+                self.lengths[r] += count
 
     def _encode_blocks(self, k: torch.Tensor, v: torch.Tensor, score: torch.Tensor | None = None) -> Fields:
         """`[R, n, D]` to fields `[R, ceil(n / T), ...]`; a last block that is not full repeats its last token."""
@@ -396,10 +301,3 @@ class Blocks(Segment):
             pool.append_row_blocks(row, encoded)
             target = pool.tail_places(row, len(slots))
         self._note(target, slots, score)
-
-    def _decode_places(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Single tokens, dense: `[n, D]` twice."""
-        ids, inverse = (places // self.pool.block).unique(return_inverse=True)
-        k, v = self.codec.decode(self.pool.read(ids))
-        offset = places % self.pool.block
-        return k[inverse, offset], v[inverse, offset]

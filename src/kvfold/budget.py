@@ -1,7 +1,9 @@
-"""How many tokens a plan may keep, and how they are split over the KV heads of a layer."""
+"""How many tokens a plan may keep, and how they are split over layers, and over the KV heads of a layer."""
 
+import functools
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +15,7 @@ from kvfold.percent import PERCENT
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 # Nine digits are enough for any cache, and never overflow.
 WHOLE = re.compile(r"[0-9]{1,9}")
+NUMBER = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 _BYTES = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(B|KiB|MiB|GiB)")
 
 HeadSplit = Literal["uniform", "ada"]
@@ -78,11 +81,139 @@ class Room:
         return Room(True, Budget.parse(text))
 
 
-def split_over_heads(scores: torch.Tensor, budget: torch.Tensor, num_heads: int, how: HeadSplit) -> torch.Tensor:
+@dataclass(frozen=True)
+class Cost:
+    """What tokens take, to turn bytes into tokens.
+
+    Attributes:
+        num_layers: layers that share a budget.
+        rows: KV heads of all sequences.
+        block: tokens a block.
+        block_bytes: of one block, with all that belongs to it.
+        dense_bytes: of a row's tokens that are not in blocks, at their most.
+        fixed_bytes: of what a layer holds whatever the number of tokens.
+    """
+
+    num_layers: int
+    rows: int
+    block: int
+    block_bytes: int
+    dense_bytes: int
+    fixed_bytes: int
+
+    def blocks(self, budget: Budget) -> int:
+        """Whole blocks of a row that fit into a budget of bytes. PlanError when there is not even one."""
+        in_layer = budget.value / self.num_layers - self.fixed_bytes
+        blocks = int((in_layer / self.rows - self.dense_bytes) // self.block_bytes)
+        if blocks < 1:
+            least = ((self.dense_bytes + self.block_bytes) * self.rows + self.fixed_bytes) * self.num_layers
+            raise PlanError(f"{budget} is too little for this plan: it needs {least / 2**20:.1f}MiB at least")
+        return blocks
+
+
+# -- over layers -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerSplit:
+    """How a budget is split over the layers, by relative weights; `even` is the same for all.
+
+    `pyramid(beta)` falls in a straight line from 2 - 1/beta times the even part in the first layer to 1/beta of it in the last
+    (PyramidKV, arXiv 2406.02069, section 4.1; beta is 20 in the authors' experiments): low layers spread their attention,
+    high ones gather it on few tokens. `weights(4, 2, 1)` gives the weights, first layer first; fewer than layers are
+    stretched over them in straight lines.
+
+    Attributes:
+        weights: at least one, none negative, not all zero.
+        text: as it is written in a plan.
+    """
+
+    weights: tuple[float, ...]
+    text: str
+
+    @staticmethod
+    def parse(name: str, arguments: Sequence[str] = ()) -> "LayerSplit":
+        """Reads `uniform`, `pyramid`, `pyramid(20)` or `weights(4, 2, 1)`. PlanError for anything else."""
+        if not all(NUMBER.fullmatch(argument) for argument in arguments):
+            raise PlanError(f"layers={name}({', '.join(arguments)}): its arguments are numbers, as in weights(4, 2.5, 1)")
+        numbers = tuple(float(argument) for argument in arguments)
+        if name == "uniform" and not numbers:
+            return UNIFORM
+        if name == "pyramid" and len(numbers) <= 1:
+            beta = numbers[0] if numbers else 20.0
+            if beta < 1:
+                raise PlanError(f"layers=pyramid({beta:g}): beta is 1 (even) or more")
+            return LayerSplit((2 - 1 / beta, 1 / beta), f"pyramid({beta:g})" if numbers else "pyramid")
+        if name == "weights" and any(numbers):
+            return LayerSplit(numbers, f"weights({', '.join(arguments)})")
+        raise PlanError(f"layers={name}: write one of uniform, pyramid, pyramid(20), weights(4, 2, 1)")
+
+    def __str__(self) -> str:
+        return self.text
+
+    def over(self, num_layers: int) -> list[float]:
+        """A weight for each layer. PlanError when there are more weights than layers."""
+        if len(self.weights) > num_layers:
+            raise PlanError(f"layers={self}: {len(self.weights)} weights for {num_layers} layers")
+        last = len(self.weights) - 1
+        stretched = []
+        for layer in range(num_layers):
+            at = layer * last / max(1, num_layers - 1)
+            low = min(int(at), max(0, last - 1))
+            high = min(low + 1, last)
+            stretched.append(self.weights[low] + (at - low) * (self.weights[high] - self.weights[low]))
+        return stretched
+
+
+UNIFORM = LayerSplit((1.0,), "uniform")
+
+
+@functools.lru_cache(maxsize=8192)
+def split_over_layers(even: int, least: int, most: int, split: LayerSplit, num_layers: int) -> tuple[int, ...]:
+    """Tokens for each layer, `num_layers * min(even, most)` in all.
+
+    Args:
+        even: what a layer would get of an even split.
+        least: every layer has so many (its pinned tokens), if `even` is that much; the weights split the rest.
+        most: no layer gets more (there are no more tokens); what it would have had goes to the others.
+    """
+    even = min(even, most)
+    least = min(least, even)
+    rest = (even - least) * num_layers
+    weights = split.over(num_layers)
+    shares = [0.0] * num_layers
+    open_layers = [i for i in range(num_layers) if weights[i] > 0]
+    room = float(most - least)
+    left = float(rest)
+    while open_layers and left > 1e-9:
+        scale = left / sum(weights[i] for i in open_layers)
+        full = [i for i in open_layers if weights[i] * scale >= room]
+        for i in full or open_layers:
+            shares[i] = min(room, weights[i] * scale)
+        if not full:
+            break
+        left -= room * len(full)
+        open_layers = [i for i in open_layers if i not in full]
+    counts = [math.floor(share + 1e-9) for share in shares]
+    # Whole tokens: those that lost most by rounding get one more, lower layers first; what no weight asks for stays unused.
+    by_loss = sorted((i for i in range(num_layers) if weights[i] > 0), key=lambda i: (counts[i] - shares[i], i))
+    missing = min(rest, round(sum(shares))) - sum(counts)
+    for i in by_loss[:missing]:
+        counts[i] += 1
+    return tuple(least + count for count in counts)
+
+
+# -- over heads --------------------------------------------------------------------------------------------------------------
+
+
+def split_over_heads(
+    scores: torch.Tensor, slots: torch.Tensor, budget: torch.Tensor, num_heads: int, how: HeadSplit
+) -> torch.Tensor:
     """Which tokens stay, given their scores.
 
     Args:
         scores: `[R, N]` float, R = batch * KV heads; +inf marks pinned tokens, -inf places that hold no token.
+        slots: `[R, N]` int; of equal scores the higher slot stays.
         budget: `[R]` long, tokens that each row may keep. With `ada` the sum over a sequence's heads is what counts.
         num_heads: KV heads, so that rows `b * num_heads … (b + 1) * num_heads - 1` are one sequence.
         how: `uniform` keeps the best `budget` tokens of every head. `ada` takes the best tokens of all heads of the
@@ -94,29 +225,28 @@ def split_over_heads(scores: torch.Tensor, budget: torch.Tensor, num_heads: int,
     """
     if scores.shape[1] == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
+    keys = order_keys(scores, slots)
     if how == "ada":
-        floor = _best(scores, (budget.float() * 0.2).ceil().long())
+        floor = _best(keys, (budget.float() * 0.2).ceil().long())
         # What the floor has taken ranks first; the rest of the sequence's budget goes to the best of all heads.
-        ranked = scores.masked_fill(floor, torch.inf)
+        ranked = keys.masked_fill(floor, torch.iinfo(torch.long).max)
         flat = ranked.view(-1, num_heads * scores.shape[1])
-        return _best(flat, budget.view(-1, num_heads).sum(1)).view_as(scores)
-    return _best(scores, budget)
-
-
-def latest(slots: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Marks the tokens of the highest slots: `slots [R, N] long` (-1: no token), `counts[r]` of row r, to `[R, N] bool`."""
-    most = min(max(counts), slots.shape[1])
-    if most == 0:
-        return torch.zeros_like(slots, dtype=torch.bool)
-    last = torch.tensor(counts, device=slots.device)[:, None].clamp_max(most)
-    oldest = slots.topk(most, dim=1).values.gather(1, (last - 1).clamp_min(0))
-    return (slots >= oldest) & (slots >= 0) & (last > 0)
-
-
-def _best(scores: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """The `count[r]` highest entries of each row that hold a token; ties go to the later token."""
-    order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
-    order = scores.shape[1] - 1 - order
-    rank_is_in = torch.arange(scores.shape[1], device=scores.device) < count[:, None]
-    stays = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, rank_is_in)
+        stays = _best(flat, budget.view(-1, num_heads).sum(1)).view_as(scores)
+    else:
+        stays = _best(keys, budget)
     return stays & (scores > -torch.inf)
+
+
+def order_keys(scores: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """`[R, N] long` that order tokens by score, and those of equal score by slot: no two tokens of a row are equal."""
+    bits = (scores.float() + 0.0).view(torch.int32)  # adding zero makes -0.0 a 0.0
+    # The bits of a float, read as an integer, grow with it; below zero they fall, until all but the sign are turned.
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.long() << 32) + slots + 1
+
+
+def _best(keys: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Marks the `count[r]` highest entries of each row, or all where there are fewer."""
+    order = keys.argsort(dim=-1, descending=True, stable=True)
+    is_in = torch.arange(keys.shape[1], device=keys.device) < count[:, None]
+    return torch.zeros_like(keys, dtype=torch.bool).scatter_(1, order, is_in.expand_as(order))

@@ -28,6 +28,8 @@ class Strategy:
         summary: one line.
         paper: title and link of its source; empty for what has none.
         demo: whether `make demo` runs it.
+        also: other names that it goes by.
+        finding: what was measured against it here, in a few words; empty for most.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Strategy:
     summary: str
     paper: str = ""
     demo: bool = True
+    also: tuple[str, ...] = ()
+    finding: str = ""
 
     @property
     def changes(self) -> Changes:
@@ -54,6 +58,12 @@ _STREAMING = "StreamingLLM, arxiv.org/abs/2309.17453"
 _KIVI = "KIVI, arxiv.org/abs/2402.02750"
 _H2O = "H2O, arxiv.org/abs/2306.14048"
 _SNAPKV = "SnapKV, arxiv.org/abs/2404.14469"
+_PYRAMID = "PyramidKV, arxiv.org/abs/2406.02069"
+_ADA = "Ada-KV, arxiv.org/abs/2407.11550"
+_SCISSORHANDS = "Scissorhands, arxiv.org/abs/2305.17118"
+_EXPECTED = "Expected Attention, arxiv.org/abs/2510.00636"
+_KVZIP = "KVzip, arxiv.org/abs/2505.23416"
+_SIEVE = "SIEVE (NSDI 2024), usenix.org/conference/nsdi24/presentation/zhang-yazhuo"
 _QUEST = "Quest, arxiv.org/abs/2406.10774"
 _INFLLM = "InfLLM, arxiv.org/abs/2402.04617"
 _MINICACHE = "MiniCache, arxiv.org/abs/2405.14366"
@@ -70,8 +80,20 @@ _LORC = "LoRC, arxiv.org/abs/2410.03111"
 
 _ALL = (
     Strategy("full", "full", "every token, in the model's own type"),
-    Strategy("window", "window(25%)", "the last quarter of the context", "Longformer, arxiv.org/abs/2004.05150"),
-    Strategy("sink_window", "sink_window(sink=4, window=25%)", "4 sinks and the last quarter, re-indexed", _STREAMING),
+    Strategy(
+        "window",
+        "window(25%)",
+        "the last quarter of the context",
+        "Longformer, arxiv.org/abs/2004.05150",
+        also=("sliding_window",),
+    ),
+    Strategy(
+        "sink_window",
+        "sink_window(sink=4, window=25%)",
+        "4 sinks and the last quarter, re-indexed",
+        _STREAMING,
+        also=("attention_sink",),
+    ),
     Strategy(
         "sink_window_fixed",
         "sink_window(sink=4, window=25%, reindex=false)",
@@ -109,7 +131,35 @@ _ALL = (
     Strategy("h2o_int4", "h2o(50%) | int4", "half of the tokens, in int4", f"{_H2O}; {_KIVI}", demo=False),
     Strategy("tova", "tova(25%)", "what the newest token looks at", "TOVA, arxiv.org/abs/2401.06104", demo=False),
     Strategy("snapkv", "snapkv(25%)", "what the last 32 tokens look at", _SNAPKV),
-    Strategy("l2norm", "l2norm(25%)", "keys of small norm", "L2 norm, arxiv.org/abs/2406.11430"),
+    Strategy("pyramidkv", "snapkv(25%, window=8, layers=pyramid)", "snapkv, more of it in low layers", _PYRAMID, demo=False),
+    Strategy("adakv", "snapkv(25%, heads=ada)", "snapkv, heads of a layer share its budget", _ADA, demo=False),
+    Strategy(
+        "adakv_int4",
+        "snapkv(50%, heads=ada) | int4",
+        "half of the tokens, shared by heads, in int4",
+        f"{_ADA}; {_KIVI}",
+        demo=False,
+    ),
+    Strategy(
+        "pyramidkv_int4",
+        "snapkv(50%, window=8, layers=pyramid) | int4",
+        "the same, shared by layers",
+        f"{_PYRAMID}; {_KIVI}",
+        demo=False,
+    ),
+    Strategy("scissorhands", "scissorhands(25%)", "what most queries give their share to", _SCISSORHANDS, demo=False),
+    Strategy("expected_attention", "expected(25%)", "what future queries should look at", _EXPECTED, demo=False),
+    Strategy("kvzip", "kvzip(25%)", "what is looked at when the context is repeated", _KVZIP, demo=False),
+    Strategy("keydiff", "keydiff(25%)", "keys far from the mean key", "KeyDiff, arxiv.org/abs/2504.15364", demo=False),
+    Strategy("lagkv", "lagkv(25%)", "what stands out from the tokens after it", "LagKV, arxiv.org/abs/2504.04704", demo=False),
+    Strategy("sieve", "sieve(25%)", "SIEVE's hand and visited bit, over attention", _SIEVE, demo=False),
+    Strategy(
+        "l2norm",
+        "l2norm(25%)",
+        "keys of small norm; all tokens in the first two layers",
+        "L2 norm, arxiv.org/abs/2406.11430",
+        also=("l2_norm",),
+    ),
     Strategy("random", "random(25%)", "tokens at random beside pinned ones: what eviction must beat"),
     Strategy("quest", "quest(25%)", "all tokens; a step reads the quarter that bounds of keys point to", _QUEST, demo=False),
     Strategy("quest_int4", "quest(25%) | int4", "the same, in int4", _QUEST, demo=False),
@@ -154,14 +204,15 @@ _ALL = (
 )
 
 STRATEGIES: dict[str, Strategy] = {s.name: s for s in _ALL}
+_BY_ANY_NAME = STRATEGIES | {name: s for s in _ALL for name in s.also}
 
 
 def resolve(text: str) -> Plan:
     """The plan of a strategy's name, or of a plan's text. PlanError when it is neither, with the nearest known word."""
     name = text.strip()
-    if name in STRATEGIES:
-        return Plan.parse(STRATEGIES[name].plan)
-    known = {*STRATEGIES, *(name for stage in STAGES for name in methods(stage))}
+    if name in _BY_ANY_NAME:
+        return Plan.parse(_BY_ANY_NAME[name].plan)
+    known = {*_BY_ANY_NAME, *(name for stage in STAGES for name in methods(stage))}
     if name.replace("_", "").isalnum() and name not in known:
         raise PlanError(f"unknown strategy or plan '{name}'{nearest(name, known)} ('kvfold strategies' lists all)")
     return Plan.parse(name)

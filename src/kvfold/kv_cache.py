@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from kvfold import layer_state
+from kvfold.keep.base import Pins
 from kvfold.layer_cache import LayerCache
 from kvfold.layers import make_layers
 from kvfold.plan import Plan
@@ -20,14 +22,52 @@ class KVCache(Cache):
     Layers with a sliding window of their own stay as transformers holds them: they are bounded already.
     """
 
-    def __init__(self, plan: Plan, layers: list[LayerCache | DynamicSlidingWindowLayer], fingerprint: dict[str, Any]):
+    def __init__(
+        self, plan: Plan, layers: list[LayerCache | DynamicSlidingWindowLayer], fingerprint: dict[str, Any], pins: Pins = ()
+    ):
         super().__init__(layers=layers)
-        self.plan, self.fingerprint = plan, fingerprint
+        self.plan, self.fingerprint, self.pins = plan, fingerprint, pins
 
     @property
     def kernel(self) -> str:
         """The kernel that attends to the compressed segments; several, joined by '+', where layers differ."""
         return "+".join(sorted({layer.kernel for layer in self.layers if isinstance(layer, LayerCache)}))
+
+    # -- for policies that read a chunk twice (kvfold.models.reconstruct) ------------------------------------------------
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether the plan wants each chunk read a second time."""
+        return self.plan.keep is not None and self.plan.keep.reconstructs
+
+    @property
+    def looks_back(self) -> bool:
+        return any(layer.looks_back for layer in self.layers if isinstance(layer, LayerCache))
+
+    @contextmanager
+    def looking_back(self) -> Iterator[None]:
+        """Within it, a forward pass leaves the cache as it is; policies learn whom its queries look at."""
+        sliding = [layer for layer in self.layers if not isinstance(layer, LayerCache) and layer.is_initialized]
+        before = [(layer.keys, layer.values, layer.cumulative_length) for layer in sliding]
+        evicting = [layer for layer in self.layers if isinstance(layer, LayerCache)]
+        lengths = [(layer.num_seen, layer.num_real) for layer in evicting]
+        for layer in evicting:
+            layer.looks_back = True
+        try:
+            yield
+        finally:
+            for layer, (num_seen, num_real) in zip(evicting, lengths, strict=True):
+                layer.looks_back, layer.num_seen, layer.num_real = False, num_seen, num_real
+            for layer, held in zip(sliding, before, strict=True):
+                layer.keys, layer.values, layer.cumulative_length = held
+
+    def evict(self, padding: torch.Tensor | None = None) -> None:
+        """Brings every layer within its budget. `padding [B, seen]`, 0 for padding, or None."""
+        for layer in self.layers:
+            if isinstance(layer, LayerCache) and layer.eviction:
+                layer.evict(padding)
+
+    # -- what is held ----------------------------------------------------------------------------------------------------
 
     def tensors(self) -> Iterator[tuple[int, str, torch.Tensor]]:
         """Every tensor held: layer, `segment.purpose`, tensor."""

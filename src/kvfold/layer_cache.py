@@ -16,10 +16,12 @@ from kvfold import positions
 from kvfold.attention import dispatch
 from kvfold.attention.reference import Partial, Query, merge
 from kvfold.blocks import Blocks
-from kvfold.budget import latest, split_over_heads
+from kvfold.budget import Cost
+from kvfold.candidates import Candidates, empty_chunk
 from kvfold.errors import PlanError
+from kvfold.eviction import Eviction
 from kvfold.handle import Handle, SeenLength
-from kvfold.keep.base import KeepContext
+from kvfold.keep.base import Moment
 from kvfold.plan import LayerPlan
 from kvfold.pool import BlockPool
 from kvfold.segment import Run, Segment, join
@@ -44,17 +46,29 @@ class LayerCache(CacheLayerMixin):
         super().__init__()
         self.site, self.plan, self._new_pool = site, plan, pool
         self.codec, self.frame = plan.store.codec(site), plan.store.frame(site)
-        if self.codec.positional and plan.read:
-            raise PlanError(f"'{plan.read.name}' writes whole blocks, and '{plan.store.name}' encodes token by token")
-        self.rope = site.model.rope() if plan.keep and plan.keep.reindex and site.model else None
-        if self.frame and self.rope:
-            raise PlanError(
-                f"'{plan.store.name}' holds keys in other coordinates, in which they can't be re-indexed: add reindex=false"
-            )
+        self._check(plan)
+        keep = plan.keep
+        self.rope = site.model.rope() if keep and (keep.reindex or keep.needs_rope) and site.model else None
+        self.eviction = Eviction(keep, site, plan.sink, plan.pins, self.rope) if keep else None
+        self.looks_back = False  # while the model reads a chunk again, for a policy that reconstructs
         self.is_croppable = plan.keep is None
         self.num_seen = 0
         self.num_real: list[int] = []  # tokens seen that are not padding, for each sequence
         self._tail: Tail | None = None
+
+    def _check(self, plan: LayerPlan) -> None:
+        """Raises PlanError for what the codec of this layer can't go with."""
+        if self.codec.positional and plan.read:
+            raise PlanError(f"'{plan.read.name}' writes whole blocks, and '{plan.store.name}' encodes token by token")
+        if self.frame and plan.keep and plan.keep.reindex:
+            raise PlanError(
+                f"'{plan.store.name}' holds keys in other coordinates, in which they can't be re-indexed: add reindex=false"
+            )
+        if self.frame and plan.keep and plan.keep.reads_vectors:
+            raise PlanError(
+                f"'{plan.store.name}' holds keys and values in other coordinates, in which '{plan.keep.name}' can't judge "
+                "them: choose a policy that goes by attention, or another codec"
+            )
 
     # -- the contract with transformers ----------------------------------------------------------------------------------
 
@@ -68,6 +82,9 @@ class LayerCache(CacheLayerMixin):
         self._nothing = self.recent
         self._body = self._new_body(rows)
         self.num_real = [0] * batch
+        if self.eviction:
+            self.eviction.initialize(rows, self.device)
+            self.eviction.cost = self._cost()
         self.is_initialized = True
 
     def _new_body(self, num_rows: int) -> Blocks:
@@ -112,6 +129,8 @@ class LayerCache(CacheLayerMixin):
         self._tail = None
         for name in (*self.runs, "_recent", "_body", "_nothing"):
             self.__dict__.pop(name, None)
+        if self.eviction:
+            self.eviction.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens; `tokens_to_remove` is negative, as in transformers.
@@ -149,6 +168,9 @@ class LayerCache(CacheLayerMixin):
             setattr(self, name, getattr(self, name).rows(rows))
         self.body.select_rows(rows)
         self.num_real = [self.num_real[i] for i in indices.tolist()]
+        if self.eviction:
+            self.eviction.select_rows(rows)
+            self.eviction.cost = self._cost()
 
     # -- tokens that come one by one -------------------------------------------------------------------------------------
 
@@ -224,13 +246,16 @@ class LayerCache(CacheLayerMixin):
         heads = self.site.num_kv_heads
         rows, groups = batch * heads, num_query_heads // heads
         first = self.num_seen - num_queries
+        before = self.num_real
         slots = torch.arange(first, self.num_seen, device=q.device)
         real = None if padding is None else padding[:, first : self.num_seen]
         if self.frame and softcap is not None:
             raise PlanError(f"'{self.plan.store.name}' shifts scores, and this model caps them: choose another codec")
         chunk = self._chunk(handle, slots, real)
         by_row = (q.float() * scaling).reshape(rows, groups * num_queries, head_dim)
-        ranks = self._ranks(num_queries, real, q.device) if self.plan.keep or self.codec.positional else None
+        new = [after - n for after, n in zip(self.num_real, before, strict=True)]
+        moment = Moment(self.num_seen, self.num_real, new, padding)
+        ranks = moment.ranks(num_queries, q.device) if self.plan.keep or self.codec.positional else None
         if self.codec.positional:
             positions.check(position_ids, ranks, real)
         query = Query(
@@ -240,7 +265,8 @@ class LayerCache(CacheLayerMixin):
             first_visible=self._first_visible(slots, ranks, padding),
             softcap=softcap,
         )
-        chunk = self._fill_sinks(chunk)
+        if not self.looks_back:
+            chunk = self._fill_sinks(chunk)
         if self._joins_first:
             chunk, self.recent = self.recent.grown(chunk), self._nothing
         result = self._attend_all(query, chunk, ranks)
@@ -248,7 +274,10 @@ class LayerCache(CacheLayerMixin):
         if real is not None:  # padding asks nothing: no token gains by its queries
             asks = real.repeat_interleave(heads, 0).repeat(1, groups)
             lse = lse.masked_fill(~asks, torch.inf)
-        self._settle(query, chunk, lse, padding)
+        if self.looks_back:
+            self._look_back(query, lse, moment)
+        else:
+            self._settle(query, chunk, lse, moment)
         out = self.frame.outputs(result.out) if self.frame else result.out
         out = out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
         return out.transpose(1, 2).to(q.dtype)
@@ -278,42 +307,24 @@ class LayerCache(CacheLayerMixin):
             run = Run(k, v, new_slots, whole=True)
             self.num_real = [n + num_new for n in self.num_real]
         if self.plan.keep and self.plan.scored:
-            run.score = self.plan.keep.first_score(run.k, KeepContext(run.slots.long(), heads, self.site.layer))
+            run.score = self.plan.keep.first_score(run.k)
         elif self.plan.scored:
             run.score = torch.zeros_like(run.slots, dtype=torch.float32)
         return run
-
-    def _ranks(self, num_queries: int, real: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        """`[B, Q]`: how many tokens of its sequence, padding left out, a query has before it."""
-        after = torch.tensor(self.num_real, device=device)[:, None]
-        if real is None:
-            return after - num_queries + torch.arange(num_queries, device=device)
-        return after - real.sum(1, keepdim=True) + real.long().cumsum(1) - 1
 
     def _first_visible(
         self, slots: torch.Tensor, ranks: torch.Tensor | None, padding: torch.Tensor | None
     ) -> torch.Tensor | None:
         """`[R, Q]`: for strict windows, the first slot that each query sees (sinks aside)."""
-        keep = self.plan.keep
-        if keep is None or ranks is None or not keep.strict:
+        if not self.eviction or ranks is None or not self.eviction.keep.strict:
             return None
-        window = self._allowed(ranks + 1) - self.plan.sink
+        window = self.eviction.allowed(ranks + 1) - self.plan.sink
         if padding is None:
             first = slots - window + 1
         else:  # padding may lie between the turns of a batch: count real tokens, not slots
             real_so_far = padding[:, : self.num_seen].long().cumsum(1)
             first = torch.searchsorted(real_so_far, (ranks + 2 - window).contiguous())
         return first.repeat_interleave(self.site.num_kv_heads, 0)
-
-    def _allowed(self, num_real: torch.Tensor) -> torch.Tensor:
-        """Tokens that a row may hold after so many, sinks included; one beside the sinks at least."""
-        keep = self.plan.keep
-        assert keep is not None
-        in_bytes = self._tokens_in_bytes() if keep.budget.unit == "bytes" else None
-        least = self.plan.sink + 1
-        known = {n: max(least, keep.budget.tokens(n, in_bytes)) for n in set(num_real.flatten().tolist())}
-        allowed = [known[n] for n in num_real.flatten().tolist()]
-        return torch.tensor(allowed, device=num_real.device).view_as(num_real)
 
     def _fill_sinks(self, chunk: Run) -> Run:
         """The first tokens of each sequence go to the sinks, where they stay."""
@@ -360,72 +371,52 @@ class LayerCache(CacheLayerMixin):
     def _query_of_sinks(self, query: Query, ranks: torch.Tensor | None) -> Query:
         """Sinks are seen by every query; with re-indexed positions, from as near as the cache is long."""
         q = query.q
-        keep = self.plan.keep
-        if keep is not None and ranks is not None and keep.reindex:
+        if self.eviction and ranks is not None and self.eviction.keep.reindex:
             assert self.rope is not None
-            gone = (ranks + 1 - self._allowed(ranks + 1)).clamp_min(0)
+            gone = (ranks + 1 - self.eviction.allowed(ranks + 1)).clamp_min(0)
             by_query = q.view(len(self.num_real), -1, len(query.slots), q.shape[-1])
             q = self.rope.rotate(by_query, -gone[:, None]).view_as(q)
         return Query(q, query.slots, query.num_groups, None, query.softcap)
 
     # -- applying the plan -----------------------------------------------------------------------------------------------
 
-    def _settle(self, query: Query, chunk: Run, lse: torch.Tensor, padding: torch.Tensor | None) -> None:
-        if self.plan.keep is not None:
-            chunk = self._evict(query, chunk, lse)
+    def _settle(self, query: Query, chunk: Run, lse: torch.Tensor, moment: Moment) -> None:
+        if self.eviction:
+            chunk = self._evict(self.eviction, query, chunk, lse, moment)
         if self.plan.read and self.plan.read.scored:
             q = query.q.view(query.q.shape[0], query.num_groups, len(query.slots), -1)
             for run in (self.recent, chunk):
                 assert run.score is not None
                 run.score = self.plan.read.observe(run.score, run.k, run.slots.long(), q, query.slots)
-        self._store(chunk, padding)
+        self._store(chunk, moment.padding)
         self.body.pool.spill(self.num_real, self.sink, self.recent)
 
-    def _evict(self, query: Query, chunk: Run, lse: torch.Tensor) -> Run:
-        """Lets the keep policy choose among all tokens but the sinks; returns what is left of the chunk."""
-        keep = self.plan.keep
-        assert keep is not None
-        if keep.scored:
-            self._observe(query, chunk, lse)
-        slots = torch.cat([self.body.slots(), self.recent.slots.long(), chunk.slots.long()], 1)
-        heads = self.site.num_kv_heads
-        allowed = self._allowed(torch.tensor(self.num_real, device=slots.device)).repeat_interleave(heads)
-        allowed = allowed - self.sink.counts()
-        if not bool(((slots >= 0).sum(1) > allowed).any()):
-            return chunk
-        score = torch.zeros(slots.shape, device=slots.device)
-        if keep.scored:
-            assert self.recent.score is not None
-            assert chunk.score is not None
-            score = torch.cat([self.body.score(), self.recent.score, chunk.score], 1)
-        rank = keep.rank(score, KeepContext(slots, heads, self.site.layer))
-        pinned = latest(slots, [min(keep.recent.tokens(n), n) for n in allowed.tolist()])
-        rank = rank.masked_fill(pinned, torch.inf).masked_fill(slots < 0, -torch.inf)
-        stays = split_over_heads(rank, allowed, heads, keep.heads)
-        of_body, of_recent, of_chunk = stays.split([self.body.width, self.recent.width, chunk.width], 1)
-        gone = ~of_body & (slots[:, : self.body.width] >= 0)
-        if bool(gone.any()):
-            self.body.drop(gone)
-        self.recent = self.recent.where(of_recent)
-        return chunk.where(of_chunk)
+    def _evict(self, eviction: Eviction, query: Query, chunk: Run, lse: torch.Tensor, moment: Moment) -> Run:
+        """Lets the keep policy learn from a chunk and choose among all tokens but the sinks; what is to be stored of it."""
+        held = Candidates(self.body, self.recent, chunk)
+        ctx = eviction.context(held, moment, self.sink.num_tokens())
+        eviction.observe(held, query, lse, ctx)
+        if eviction.keep.reconstructs and len(query.slots) > 1:
+            return chunk  # `evict` is called once the chunk has been read again
+        if self.plan.window == 0 and held.one_can_replace_one and (victim := eviction.choose_one(held, ctx)) is not None:
+            return held.replace(victim, self._positions(chunk, moment.padding))
+        self.recent, chunk = held.keep_only(eviction.choose(held, ctx))
+        return chunk
 
-    def _observe(self, query: Query, chunk: Run, lse: torch.Tensor) -> None:
-        """Brings the scores up to date with the attention that tokens have just received."""
-        keep = self.plan.keep
-        assert keep is not None
-        num_queries = len(query.slots)
-        if not (observed := keep.observed(num_queries)):
-            return
-        last = query.last(observed)
-        lse = lse.view(lse.shape[0], query.num_groups, -1)[:, :, -observed:].flatten(1)
-        for segment in self._moving(chunk):
-            received = segment.mass(last, lse)
-            mass = received.mean(1) if keep.group == "mean" else received.amax(1)
-            if isinstance(segment, Blocks):
-                segment.set_score(keep.update(segment.score(), mass, num_queries))
-            elif isinstance(segment, Run):
-                assert segment.score is not None
-                segment.score = keep.update(segment.score, mass, num_queries)
+    def evict(self, padding: torch.Tensor | None) -> None:
+        """Brings the layer within its budget without new tokens: what follows when a chunk has been read again."""
+        assert self.eviction is not None
+        held = Candidates(self.body, self.recent, empty_chunk(self.recent))
+        moment = Moment(self.num_seen, self.num_real, [0] * self.batch_size, padding)
+        ctx = self.eviction.context(held, moment, self.sink.num_tokens())
+        self.recent, _ = held.keep_only(self.eviction.choose(held, ctx))
+        self.body.tidy()
+
+    def _look_back(self, query: Query, lse: torch.Tensor, moment: Moment) -> None:
+        """The policy learns from a chunk that the model reads again; the cache stays as it is."""
+        held = Candidates(self.body, self.recent, empty_chunk(self.recent))
+        if self.eviction and held.parts:
+            self.eviction.look_back(held, query, lse, self.eviction.context(held, moment, self.sink.num_tokens()))
 
     def _store(self, chunk: Run, padding: torch.Tensor | None) -> None:
         """New tokens join the recent ones; what is older than the dense window is encoded."""
@@ -448,21 +439,20 @@ class LayerCache(CacheLayerMixin):
     def _positions(self, run: Run, padding: torch.Tensor | None) -> torch.Tensor | None:
         return positions.of(run.slots, padding, self.site.num_kv_heads) if self.codec.positional else None
 
-    def _tokens_in_bytes(self) -> int:
-        """How many tokens fit into this layer's part of a budget of bytes, everything counted."""
-        keep = self.plan.keep
-        assert keep is not None
+    def _cost(self) -> Cost | None:
+        """What the tokens of a layer like this one take, where the budget is one of bytes."""
+        if self.plan.keep is None or self.plan.keep.budget.unit != "bytes":
+            return None
         head_dim, block = self.site.head_dim, self.codec.block
-        rows = self.batch_size * self.site.num_kv_heads
-        in_layer = keep.budget.value / self.site.num_layers - sum(x.nbytes for x in self.codec.constants().values())
-        per_block = self.body.block_bytes(head_dim)
         num_dense = self.plan.sink + self.plan.window + (block - 1 if self.codec.unit == "block" else 0)
-        dense_bytes = num_dense * (2 * head_dim * self.dtype.itemsize + 4 + 4 * keep.scored)
-        num_blocks = int((in_layer / rows - dense_bytes) // per_block)
-        if num_blocks < 1:
-            least = keep.budget.value + ((dense_bytes + per_block) * rows - in_layer) * self.site.num_layers
-            raise PlanError(f"{keep.budget} is too little for this plan: it needs {least / 2**20:.1f}MiB at least")
-        return self.plan.sink + num_blocks * block
+        return Cost(
+            num_layers=self.site.num_layers,
+            rows=self.batch_size * self.site.num_kv_heads,
+            block=block,
+            block_bytes=self.body.block_bytes(head_dim),
+            dense_bytes=num_dense * (2 * head_dim * self.dtype.itemsize + 4 + 4 * self.plan.keep.scored),
+            fixed_bytes=sum(x.nbytes for x in self.codec.constants().values()),
+        )
 
     # -- what is there ---------------------------------------------------------------------------------------------------
 
@@ -477,12 +467,14 @@ class LayerCache(CacheLayerMixin):
             yield f"codec.{name}", tensor
         if self.is_initialized:
             for name, segment in [*((run, getattr(self, run)) for run in self.runs), ("body", self.body.pool)]:
-                for part, tensor in segment.tensors().items():
-                    yield f"{name}.{part}", tensor
+                for purpose, tensor in segment.tensors().items():
+                    yield f"{name}.{purpose}", tensor
+            for purpose, tensor in (self.eviction.state if self.eviction else {}).items():
+                yield f"keep.{purpose}", tensor
 
     def kept_slots(self) -> list[list[int]]:
         """For each row (sequence * KV heads + head) the slots of the tokens held, in order."""
         if not self.is_initialized:
             return []
-        slots = torch.cat([*(getattr(self, name).slots.long() for name in self.runs), self.body.slots()], 1)
+        slots = torch.cat([*(getattr(self, name).slots for name in self.runs), self.body.slots()], 1)
         return [sorted(s for s in row if s >= 0) for row in slots.tolist()]

@@ -16,6 +16,8 @@ def state(layer: LayerCache) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return {}, numbers
     segments = {name: getattr(layer, name).tensors() for name in layer.runs} | {"body": layer.body.pool.state()}
     tensors = {f"{name}.{purpose}": x for name, parts in segments.items() for purpose, x in parts.items()}
+    if layer.eviction:
+        tensors |= {f"keep.{name}": x for name, x in layer.eviction.state.items()}
     return tensors, numbers | {"starts": layer.body.starts, "lengths": layer.body.lengths}
 
 
@@ -34,3 +36,5 @@ def restore(
         whole = bool((held["slots"] >= 0).all())
         setattr(layer, name, Run(held["k"], held["v"], held["slots"], held.get("score"), whole=whole))
     layer.body.restore(part("body", tensors), numbers["starts"], list(numbers["lengths"]))
+    if layer.eviction:
+        layer.eviction.state = part("keep", tensors)

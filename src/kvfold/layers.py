@@ -1,8 +1,10 @@
 """The layers of a cache, made from a plan: which of them stand alone, which hold a cache together, and where blocks live."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
+from kvfold.keep.base import Pins
 from kvfold.layer_cache import LayerCache
 from kvfold.plan import LayerPlan, Plan
 from kvfold.pool import BlockPool
@@ -13,11 +15,11 @@ from kvfold.tier.pool import TieredPool
 from kvfold.tier.stage import Stage
 
 
-def make_layers(plan: Plan, sites: Sequence[Site]) -> list[LayerCache]:
-    """One for each site, in order."""
+def make_layers(plan: Plan, sites: Sequence[Site], pins: Pins = ()) -> list[LayerCache]:
+    """One for each site, in order. `pins`: tokens that no layer lets go."""
     layers: dict[int, LayerCache] = {}
     stage = Stage() if plan.tier else None
-    plans = [plan.layer(index, len(sites)) for index in range(len(sites))]
+    plans = [replace(plan.layer(index, len(sites)), pins=pins) for index in range(len(sites))]
     for group in plan.groups(len(sites)):
         first, *others = group
         if isinstance(plan.share, MiniCache):

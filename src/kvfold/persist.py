@@ -48,6 +48,7 @@ def save(cache: KVCache, path: str | Path) -> None:
         {
             "kvfold": kvfold.__version__,
             "plan": str(cache.plan),
+            "pins": cache.pins,
             "meaning": _meaning(cache.plan),
             "fingerprint": cache.fingerprint,
             "dtype": _dtype_of(cache),
@@ -71,7 +72,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> KVCache:
     header, tensors = _read(path)
     plan = _plan(path, header)
     _check_model(path, header, model)
-    cache = adapter.cache(model, plan)
+    cache = adapter.cache(model, plan, [range(start, end) for start, end in header.get("pins", ())])
     for index, (layer, numbers) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         prefix = f"{index}."
         held = {name[len(prefix) :]: x.to(model.device) for name, x in tensors.items() if name.startswith(prefix)}

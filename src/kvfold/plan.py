@@ -21,9 +21,9 @@ import typing
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, TypeVar
 
-from kvfold.budget import WHOLE, Budget, Room
+from kvfold.budget import WHOLE, Budget, LayerSplit, Room
 from kvfold.errors import PlanError
-from kvfold.keep.base import Keep, Share
+from kvfold.keep.base import Keep, Pins, Share
 from kvfold.percent import Percent
 from kvfold.read.base import Read
 from kvfold.registry import STAGES, fields_of, methods, nearest
@@ -113,6 +113,7 @@ class LayerPlan:
     window: int
     read: Read | None = None
     tier: Tier | None = None
+    pins: Pins = ()
 
     @property
     def scored(self) -> bool:
@@ -168,6 +169,14 @@ class Plan:
         """Raises PlanError for stages that can't be in one plan."""
         if self.keep and self.read:
             raise PlanError(f"'{self.keep.name}' drops tokens and '{self.read.name}' reads a part of all: choose one of them")
+        if (keep := self.keep) and keep.budget.unit == "bytes" and len(keep.layers.weights) > 1 and self.hybrid:
+            raise PlanError(
+                f"{keep.name}: layers={keep.layers} splits {keep.budget} by what a token costs, which hybrid changes"
+            )
+        if self.share and self.keep and self.keep.reconstructs:
+            raise PlanError(
+                f"'{self.keep.name}' has each layer read a chunk twice, which '{self.share.name}' can't: choose one"
+            )
         if self.share and self.share.merges:
             name = self.share.name
             if self.keep:
@@ -186,14 +195,17 @@ class Plan:
             store = self.hybrid.edge_store
         if self.layers:
             store = self.layers.store(index, num_layers) or store
+        keep = self.keep if self.keep and index >= self.keep.skip else None
+        if keep:
+            keep.layers.over(num_layers)  # says so where there are too many weights
         read = self.read if self.read and index >= self.read.skip else None
         # A codec's own wish for dense sinks must not turn an eviction policy into one that keeps sinks.
-        sink = self.keep.sink if self.keep else max(store.sink, read.sink if read else 0)
+        sink = keep.sink if keep else max(store.sink, read.sink if read else 0)
         window = store.window
         if self.protect:
-            sink = max(self.keep.sink if self.keep else 0, read.sink if read else 0, self.protect.sink)
+            sink = max(keep.sink if keep else 0, read.sink if read else 0, self.protect.sink)
             window = self.protect.window
-        return LayerPlan(self.keep, store, sink, window, read, self.tier)
+        return LayerPlan(keep, store, sink, window, read, self.tier)
 
     def groups(self, num_layers: int) -> list[tuple[int, ...]]:
         """Layers that share one cache, the first of each group first. Those with a codec of their own stay alone."""
@@ -263,6 +275,12 @@ _EXAMPLE: dict[Any, str] = {Budget: "25%"}
 
 def _convert(method: str, key: str, value: "str | Call", hint: Any) -> Any:
     where = f"{method}: {key}={value}"
+    if hint is LayerSplit:
+        call = value if isinstance(value, Call) else Call(value)
+        try:
+            return LayerSplit.parse(call.name, [str(argument) for _, argument in call.args])
+        except PlanError as error:
+            raise PlanError(f"{method}: {error}") from None
     if hint is Store:
         return _store(method, key, value)
     if isinstance(value, Call):

@@ -58,6 +58,7 @@ class BlockPool:
         self.shared = False
         self._capacity = 0
         self._free: list[int] = []
+        self._counts: list[int] | None = None  # blocks of each row, until the table changes
 
     in_one_place = True
     """Whether `fields` holds every block, by its id."""
@@ -112,8 +113,14 @@ class BlockPool:
 
     def num_blocks(self) -> list[int]:
         """Blocks of each row."""
-        counts: list[int] = (self.table >= 0).sum(1).tolist()
-        return counts
+        if self._counts is None:
+            self._counts = (self.table >= 0).sum(1).tolist()
+        return list(self._counts)
+
+    @property
+    def full(self) -> bool:
+        """Whether every place of the table names a block."""
+        return all(n == self.table.shape[1] for n in self.num_blocks())
 
     # -- writing ---------------------------------------------------------------------------------------------------------
 
@@ -121,7 +128,7 @@ class BlockPool:
         """Fields with one entry a token, `[n, *]`, to `n` addresses."""
         self._ensure({name: x.unsqueeze(0) for name, x in encoded.items()}, per_token=True)
         for name, x in encoded.items():
-            self.fields[name].view(-1, *x.shape[1:])[addresses] = x
+            self.fields[name].view(-1, *x.shape[1:]).index_copy_(0, addresses, x)
 
     def write(self, ids: torch.Tensor, encoded: Fields) -> None:
         """Whole blocks `[n, *]` to `ids [n]`; those fields that are a summary go to the others."""
@@ -161,12 +168,14 @@ class BlockPool:
         wanted.sort()
         columns, rows = torch.tensor(wanted, device=self.device).T
         self.table[rows, columns] = torch.tensor(self._allocate(len(wanted)), device=self.device)
+        self._counts = None
 
     def cut(self, num_blocks: list[int]) -> None:
         """Takes away the blocks of each row beyond `num_blocks`."""
         keep = torch.tensor(num_blocks, device=self.device)[:, None]
         columns = torch.arange(self.table.shape[1], device=self.device)
         self.table = self.table.masked_fill(columns >= keep, -1)[:, : max(num_blocks)].contiguous()
+        self._counts = None
         self._collect()
         self.shrink()
 
@@ -178,6 +187,7 @@ class BlockPool:
             self.slots[torch.tensor(freed, device=self.device)] = -1
         self.table[row] = -1
         self.table[row, : len(kept)] = torch.tensor(kept, dtype=torch.long, device=self.device)
+        self._counts = None
         if num_new:
             has = self.num_blocks()
             has[row] += num_new
@@ -198,6 +208,7 @@ class BlockPool:
     def select_rows(self, rows: torch.Tensor) -> None:
         fewer = len(rows) < self.table.shape[0]
         self.table = self.table[rows.to(self.device)]
+        self._counts = None
         used = self.table[self.table >= 0]
         self.shared = len(used.unique()) < len(used)
         self._collect()
@@ -271,6 +282,7 @@ class BlockPool:
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Takes over what `state` gave; the pool must be new."""
         self.table = state["table"]
+        self._counts = None
         used = self.table[self.table >= 0]
         self._capacity = int(used.max()) + 1 if len(used) else 0
         self.shared = self._capacity < len(used)

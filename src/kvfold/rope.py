@@ -21,7 +21,16 @@ class Rope:
     def rotate(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """`x [..., D]` moved by `shift [...]` positions (broadcast against x without its last axis)."""
         angle = shift[..., None].double() * self.inv_freq.double().to(x.device)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        return self._turn(x, angle.cos().to(x.dtype), angle.sin().to(x.dtype))
+
+    def rotate_mean(self, x: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
+        """The mean of x moved by each of `count` shifts from `first` on: `x [..., D]`, `first [...]` as in `rotate`."""
+        inv_freq = self.inv_freq.double().to(x.device)
+        angle = (first[..., None, None] + torch.arange(count, device=x.device)[:, None]) * inv_freq
+        cos, sin = angle.cos().mean(-2).to(x.dtype), angle.sin().mean(-2).to(x.dtype)
+        return self._turn(x, cos, sin)
+
+    def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         half = self.inv_freq.shape[0]
         a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)

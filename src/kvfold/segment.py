@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from kvfold import kernels
-from kvfold.attention import dispatch
+from kvfold.attention import dispatch, reference
 from kvfold.attention.dispatch import Located
 from kvfold.attention.reference import Partial, Query, Tile
-from kvfold.store.base import KVCodec
+from kvfold.store.base import KVCodec, part
 from kvfold.store.dense import DenseCodec
 
 TILE_TOKENS = 1024
@@ -48,6 +48,25 @@ class Segment(ABC):
     def mass(self, query: Query, lse: torch.Tensor) -> torch.Tensor:
         """`[R, G, N]`: attention received by each token, in the order of the tiles."""
         return dispatch.mass(self, query, lse)
+
+    def products(self, q: torch.Tensor) -> torch.Tensor:
+        """`q · k_t` with every key, `[R, M, D] float32` to `[R, M, N]`; anything where there is no token."""
+        folded = self.codec.k.fold_query(q)
+        return torch.cat([reference.products(folded, self.codec.k, part("k", tile.fields)) for tile in self.tiles()], -1)
+
+    def weighted_keys(self, weights: torch.Tensor) -> torch.Tensor:
+        """`Σ_t w_t k_t`, `[R, M, N] float32` to `[R, M, D]`; weights are 0 where there is no token."""
+        total = weights.new_zeros(())
+        start = 0
+        for tile in self.tiles():
+            end = start + tile.slots.shape[1]
+            total = total + reference.combine(weights[..., start:end].contiguous(), self.codec.k, part("k", tile.fields))
+            start = end
+        return self.codec.k.unfold_output(total)
+
+    def value_norms(self) -> torch.Tensor:
+        """`|v_t|`, `[R, N] float32`; anything where there is no token."""
+        return torch.cat([self.codec.v.norms(part("v", tile.fields)).flatten(1) for tile in self.tiles()], 1)
 
 
 ROOM = 16
@@ -98,6 +117,17 @@ class Run(Segment):
     def width(self) -> int:
         """N: the tokens of the longest row."""
         return self.slots.shape[1]
+
+    def num_tokens(self) -> list[int]:
+        """Tokens of each row."""
+        if self.whole:
+            return [self.width] * len(self.slots)
+        counts: list[int] = self.counts().tolist()
+        return counts
+
+    def vectors(self, row: int, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of single tokens of a row: `places [n] long` to `[n, D] float32` twice."""
+        return self.k[row, places].float(), self.v[row, places].float()
 
     def counts(self) -> torch.Tensor:
         """`[R] long`: tokens of each row."""

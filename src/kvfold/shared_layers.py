@@ -10,6 +10,7 @@ from kvfold.attention.reference import Partial, Query
 from kvfold.blocks import Blocks
 from kvfold.errors import PlanError
 from kvfold.handle import Handle
+from kvfold.keep.base import Moment
 from kvfold.layer_cache import LayerCache
 from kvfold.plan import LayerPlan
 from kvfold.pool import BlockPool
@@ -24,7 +25,7 @@ class LendingLayer(LayerCache):
     def __init__(self, site: Site, plan: LayerPlan, pool: Callable[..., BlockPool] = BlockPool):
         super().__init__(site, plan, pool)
         self._asked: tuple[Run, torch.Tensor | None] | None = None
-        self._unsettled: tuple[Query, Run, torch.Tensor, torch.Tensor | None] | None = None
+        self._unsettled: tuple[Query, Run, torch.Tensor, Moment] | None = None
 
     def reset(self) -> None:
         self._asked = self._unsettled = None
@@ -34,19 +35,19 @@ class LendingLayer(LayerCache):
         """Attention of another layer's queries, `[R, M, D]` scaled, to what this layer holds and the same chunk's tokens."""
         assert self._asked is not None
         assert self._unsettled is not None
-        query, chunk, lse, padding = self._unsettled
+        query, chunk, lse, moment = self._unsettled
         out = super()._attend_all(replace(query, q=q), *self._asked).out
         if last:
             self._asked = self._unsettled = None
-            super()._settle(query, chunk, lse, padding)
+            super()._settle(query, chunk, lse, moment)
         return out
 
     def _attend_all(self, query: Query, chunk: Run, ranks: torch.Tensor | None) -> Partial:
         self._asked = chunk, ranks
         return super()._attend_all(query, chunk, ranks)
 
-    def _settle(self, query: Query, chunk: Run, lse: torch.Tensor, padding: torch.Tensor | None) -> None:
-        self._unsettled = query, chunk, lse, padding
+    def _settle(self, query: Query, chunk: Run, lse: torch.Tensor, moment: Moment) -> None:
+        self._unsettled = query, chunk, lse, moment
 
 
 class BorrowingLayer(LayerCache):

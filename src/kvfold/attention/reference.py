@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvfold.store.base import Fields, KVCodec, part
+from kvfold.store.base import Fields, KVCodec, TensorCodec, part
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def attend(query: Query, codec: KVCodec, tiles: Iterable[Tile]) -> Partial:
         p = (scores - new_top[..., None]).exp_()
         shrink = (top - new_top).exp_()
         total = total * shrink + p.sum(-1)
-        out = out * shrink[..., None] + _combine(p, codec, tile)
+        out = out * shrink[..., None] + combine(p, codec.v, part("v", tile.fields))
         top = new_top
     out = codec.v.unfold_output(out / total.clamp_min(torch.finfo(torch.float32).tiny)[..., None])
     return Partial(out, top + total.log())
@@ -125,13 +125,25 @@ def mass(query: Query, codec: KVCodec, tiles: Iterable[Tile], lse: torch.Tensor)
     return torch.cat(sums, dim=-1)
 
 
+def products(q: torch.Tensor, codec: TensorCodec, fields: Fields) -> torch.Tensor:
+    """`q · x_t` with every vector of a tile, `[R, M, C * T]`; q as `fold_query` returned it."""
+    if codec.unit == "token":
+        return codec.dot(q, {name: x.flatten(1, 2) for name, x in fields.items()})
+    return codec.dot(q[:, None], fields).transpose(1, 2).flatten(2)
+
+
+def combine(p: torch.Tensor, codec: TensorCodec, fields: Fields) -> torch.Tensor:
+    """`Σ_t p_t x_t` over a tile, `[R, M, C * T]` to `[R, M, D]`, before `unfold_output`."""
+    if codec.unit == "token":
+        return codec.combine(p, {name: x.flatten(1, 2) for name, x in fields.items()})
+    rows, num_vectors, _ = p.shape
+    num_blocks = next(iter(fields.values())).shape[1]
+    return codec.combine(p.view(rows, num_vectors, num_blocks, -1).transpose(1, 2), fields).sum(1)
+
+
 def _scores(q: torch.Tensor, query: Query, codec: KVCodec, tile: Tile) -> torch.Tensor:
     """`[R, M, C * T]` with -inf for what is not seen."""
-    fields = part("k", tile.fields)
-    if codec.k.unit == "token":
-        scores = codec.k.dot(q, {name: x.flatten(1, 2) for name, x in fields.items()})
-    else:
-        scores = codec.k.dot(q[:, None], fields).transpose(1, 2).flatten(2)
+    scores = products(q, codec.k, part("k", tile.fields))
     if query.softcap is not None:
         scores = (scores / query.softcap).tanh_() * query.softcap
     hidden = _hidden(query, tile)
@@ -152,17 +164,3 @@ def _hidden(query: Query, tile: Tile) -> torch.Tensor | None:
         earlier = tile.slots[:, None, :] < query.first_visible[:, :, None]
         hidden = earlier if hidden is None else hidden | earlier
     return hidden
-
-
-def _combine(p: torch.Tensor, codec: KVCodec, tile: Tile) -> torch.Tensor:
-    fields = part("v", tile.fields)
-    if codec.v.unit == "token":
-        return codec.v.combine(p, {name: x.flatten(1, 2) for name, x in fields.items()})
-    rows, num_vectors, _ = p.shape
-    per_block = p.view(rows, num_vectors, tile_blocks(tile), -1).transpose(1, 2)
-    return codec.v.combine(per_block, fields).sum(1)
-
-
-def tile_blocks(tile: Tile) -> int:
-    """C, the blocks that each row has in this tile."""
-    return next(iter(tile.fields.values())).shape[1]

@@ -13,7 +13,7 @@ pays is to what was kept before it.
 
 from dataclasses import dataclass
 
-from kvfold.budget import Budget, HeadSplit
+from kvfold.budget import UNIFORM, Budget, HeadSplit, LayerSplit
 from kvfold.keep.base import HALF, GroupReduce, Keep, Share
 from kvfold.registry import register
 
@@ -28,6 +28,7 @@ class H2O(Keep):
     sink: int = 0
     group: GroupReduce = "mean"
     heads: HeadSplit = "uniform"
+    layers: LayerSplit = UNIFORM
 
     def observed(self, num_queries: int) -> int:
         return num_queries

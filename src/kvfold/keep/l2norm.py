@@ -3,16 +3,19 @@
 Devoto et al., A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression (arXiv 2406.11430), section 3:
 needs no attention at all.
 
-Differs from the paper: it leaves the first two layers alone, which is a plan's business (`hybrid`), not this
-policy's; the last tokens can be pinned with `recent`.
+The first two layers keep everything, as in the authors' experiments (section 3.1: there the norm says little); `skip=0` evicts
+in them too. The budget is that of each other layer.
+
+Differs from the paper: the last tokens can be pinned with `recent`.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from kvfold.budget import Budget, HeadSplit
-from kvfold.keep.base import NO_TOKENS, Keep, KeepContext, Share
+from kvfold.budget import UNIFORM, Budget, HeadSplit, LayerSplit
+from kvfold.keep.base import NO_TOKENS, Keep, Share
 from kvfold.registry import register
 
 
@@ -24,10 +27,10 @@ class L2Norm(Keep):
     budget: Budget
     recent: Share = NO_TOKENS
     sink: int = 0
+    skip: int = 2
     heads: HeadSplit = "uniform"
+    layers: LayerSplit = UNIFORM
+    reads_vectors: ClassVar[bool] = True
 
-    def first_score(self, k: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
+    def first_score(self, k: torch.Tensor) -> torch.Tensor:
         return -k.float().norm(dim=-1)
-
-    def update(self, score: torch.Tensor, mass: torch.Tensor, num_queries: int) -> torch.Tensor:
-        return score

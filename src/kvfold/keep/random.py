@@ -1,7 +1,7 @@
 """Tokens at random, beside pinned ones: the baseline that every eviction method must beat: `random(25%)`.
 
-A token's rank is a hash of its slot, head, layer and seed: the same run keeps the same tokens, whatever the chunks
-were. By default it pins what h2o pins (half the budget for recent tokens) and 4 sinks; give it the pins of whatever
+A token's rank is a hash of its position, head, layer and seed: the same run keeps the same tokens, whatever the chunks and
+the padding were. By default it pins what h2o pins (half the budget for recent tokens) and 4 sinks; give it the pins of whatever
 it is compared with.
 """
 
@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from kvfold.budget import Budget
+from kvfold.budget import UNIFORM, Budget, LayerSplit
 from kvfold.keep.base import HALF, Keep, KeepContext, Share
 from kvfold.registry import register
 
@@ -24,11 +24,12 @@ class Random(Keep):
     recent: Share = HALF
     sink: int = 4
     seed: int = 0
+    layers: LayerSplit = UNIFORM
     scored: ClassVar[bool] = False
 
     def rank(self, score: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
         heads = torch.arange(ctx.slots.shape[0], device=ctx.slots.device)[:, None] % ctx.num_heads
-        x = _mix(_mix(_mix(ctx.slots + self.seed) + heads) + ctx.layer)
+        x = _mix(_mix(_mix(ctx.positions.long() + self.seed) + heads) + ctx.layer)
         return (x & 0xFFFFFF).float()
 
 

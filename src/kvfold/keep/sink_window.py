@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from kvfold.budget import Budget
+from kvfold.budget import UNIFORM, Budget, LayerSplit
 from kvfold.errors import PlanError
 from kvfold.keep.base import Keep, KeepContext
 from kvfold.registry import register
@@ -32,6 +32,7 @@ class SinkWindow(Keep):
     sink: int = 4
     window: Budget = field(default_factory=lambda: Budget.parse("1020"))
     reindex: bool = True
+    layers: LayerSplit = UNIFORM
     scored: ClassVar[bool] = False
     strict: ClassVar[bool] = True
 

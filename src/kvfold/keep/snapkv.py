@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from kvfold.budget import Budget, HeadSplit
+from kvfold.budget import UNIFORM, Budget, HeadSplit, LayerSplit
 from kvfold.errors import PlanError
 from kvfold.keep.base import GroupReduce, Keep, KeepContext, Share
 from kvfold.registry import register
@@ -36,6 +36,7 @@ class SnapKV(Keep):
     sink: int = 0
     group: GroupReduce = "mean"
     heads: HeadSplit = "uniform"
+    layers: LayerSplit = UNIFORM
 
     @property
     def recent(self) -> Share:  # type: ignore[override]
@@ -51,14 +52,17 @@ class SnapKV(Keep):
     def observed(self, num_queries: int) -> int:
         return min(num_queries, self.window)
 
-    def update(self, score: torch.Tensor, mass: torch.Tensor, num_queries: int) -> torch.Tensor:
-        return score * max(0.0, 1 - num_queries / self.window) + mass
+    def update(self, score: torch.Tensor, mass: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
+        return score * (1 - ctx.num_new / self.window).clamp_min(0)[:, None] + mass
 
     def rank(self, score: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
         order = ctx.slots.argsort(dim=1, stable=True)
-        by_slot = score.masked_fill(ctx.slots < 0, 0.0).gather(1, order)[:, None]
+        absent = ctx.slots < 0
+        by_slot = score.masked_fill(absent, 0.0).gather(1, order)[:, None]
         if self.pool == "max":
             pooled = F.max_pool1d(by_slot, self.kernel, stride=1, padding=self.kernel // 2)
-        else:
-            pooled = F.avg_pool1d(by_slot, self.kernel, stride=1, padding=self.kernel // 2, count_include_pad=False)
+        else:  # the sums, over as many tokens as there are
+            present = (~absent).float().gather(1, order)[:, None]
+            sums, counts = (F.avg_pool1d(x, self.kernel, stride=1, padding=self.kernel // 2) for x in (by_slot, present))
+            pooled = sums / counts.clamp_min(1e-6)
         return torch.empty_like(score).scatter_(1, order, pooled[:, 0])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvfold.budget import Budget
+from kvfold.budget import UNIFORM, Budget, LayerSplit
 from kvfold.keep.base import NO_TOKENS, Keep, KeepContext, Share
 from kvfold.registry import register
 
@@ -24,16 +24,21 @@ class Tova(Keep):
     budget: Budget
     sink: int = 0
     recent: Share = NO_TOKENS
+    layers: LayerSplit = UNIFORM
 
     def observed(self, num_queries: int) -> int:
         return 1
 
-    def update(self, score: torch.Tensor, mass: torch.Tensor, num_queries: int) -> torch.Tensor:
+    def update(self, score: torch.Tensor, mass: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
         return mass
 
     def rank(self, score: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
-        # Heads keep the same tokens, but need not hold them at the same places: compare by slot.
         rows, width = score.shape
+        slots = ctx.slots.view(-1, ctx.num_heads, width)
+        if torch.equal(slots, slots[:, :1].expand_as(slots)):
+            by_head = score.view(-1, ctx.num_heads, width)
+            return by_head.mean(1, keepdim=True).expand_as(by_head).reshape(rows, width)
+        # Heads keep the same tokens, but need not hold them at the same places: compare by slot.
         order = ctx.slots.argsort(dim=1, stable=True)
         by_slot = score.gather(1, order).view(-1, ctx.num_heads, width)
         mean = by_slot.mean(1, keepdim=True).expand_as(by_slot).reshape(rows, width)

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from kvfold.budget import Budget
+from kvfold.budget import UNIFORM, Budget, LayerSplit
 from kvfold.keep.base import Keep, KeepContext
 from kvfold.registry import register
 
@@ -23,6 +23,7 @@ class Window(Keep):
     """Keeps the last `budget` tokens."""
 
     budget: Budget
+    layers: LayerSplit = UNIFORM
     scored: ClassVar[bool] = False
     strict: ClassVar[bool] = True
 

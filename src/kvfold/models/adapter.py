@@ -9,6 +9,7 @@ tensors.
 """
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from transformers.modeling_utils import AttentionInterface
 
 from kvfold.errors import ModelError, PlanError
 from kvfold.handle import Handle, SeenLength
+from kvfold.keep.base import Pins, merge_spans
 from kvfold.kv_cache import KVCache
 from kvfold.layer_cache import LayerCache
 from kvfold.layers import make_layers
-from kvfold.models import step
+from kvfold.models import reconstruct, step
 from kvfold.models.layer import ModelLayer, head_dim_of
 from kvfold.plan import Plan
 from kvfold.site import Site
@@ -55,15 +57,19 @@ def detach(model: PreTrainedModel) -> None:
         step.uninstall(model)
         model.set_attn_implementation(previous)
         delattr(model, _PREVIOUS)
+    reconstruct.remove(model)
 
 
-def cache(model: PreTrainedModel, plan: str | Plan) -> KVCache:
+def cache(model: PreTrainedModel, plan: str | Plan, pin: Iterable[int | range] = ()) -> KVCache:
     """A compressed cache for `model.generate(..., past_key_values=cache)` or `model(..., past_key_values=cache)`.
 
     Attaches kvfold's attention to the model if needed.
 
     Args:
         plan: a plan, its text, or the name of a strategy of the catalog.
+        pin: tokens that the keep policy never lets go, by their position in their sequence (padding does not count): numbers,
+            or ranges such as `range(0, 40)` for the 40 tokens of a system prompt. They count against the budget, and a layer
+            grows beyond it rather than lose one. A plan that keeps everything keeps them anyway.
 
     Raises:
         PlanError: the plan can't be read, or does not suit this model.
@@ -72,7 +78,10 @@ def cache(model: PreTrainedModel, plan: str | Plan) -> KVCache:
     from kvfold.catalog import resolve
 
     resolved = resolve(plan) if isinstance(plan, str) else plan
+    pins = _pins(resolved, pin)
     attach(model)
+    if resolved.keep and resolved.keep.reconstructs:
+        reconstruct.install(model)
     config = model.config.get_text_config(decoder=True)
     windows = sliding_windows(config)
     served = [i for i, window in enumerate(windows) if window is None]
@@ -88,7 +97,7 @@ def cache(model: PreTrainedModel, plan: str | Plan) -> KVCache:
         )
         for index, i in enumerate(served)
     ]
-    compressed = iter(make_layers(resolved, sites))
+    compressed = iter(make_layers(resolved, sites, pins))
     layers: list[LayerCache | DynamicSlidingWindowLayer] = []
     for window in windows:
         if window is not None:
@@ -96,7 +105,24 @@ def cache(model: PreTrainedModel, plan: str | Plan) -> KVCache:
             continue
         layers.append(next(compressed))
         _check_codec(layers[-1], str(resolved))
-    return KVCache(resolved, layers, fingerprint(model))
+    return KVCache(resolved, layers, fingerprint(model), pins)
+
+
+def _pins(plan: Plan, pin: Iterable[int | range]) -> Pins:
+    """What the user has pinned, as spans; PlanError where the plan can't hold them."""
+    spans = [(p, p + 1) if isinstance(p, int) else (p.start, p.stop) for p in pin if isinstance(p, int) or len(p)]
+    if any(isinstance(p, range) and p.step != 1 for p in pin) or any(start < 0 for start, _ in spans):
+        raise PlanError("pin takes positions from 0 on, and ranges without a step: pin=[range(0, 40), 77]")
+    pins = merge_spans(spans)
+    if plan.keep is None or not pins:
+        return pins
+    if plan.keep.strict:
+        raise PlanError(f"{plan.keep.name} shows each query its window only, so that nothing else can be pinned; use sink=…")
+    limit = plan.keep.budget
+    num_pinned = sum(end - max(start, plan.keep.sink) for start, end in pins if end > plan.keep.sink)
+    if limit.unit == "tokens" and plan.keep.sink + num_pinned >= limit.value:
+        raise PlanError(f"{num_pinned} pinned tokens and {plan.keep.sink} sinks leave nothing of a budget of {limit}")
+    return pins
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:

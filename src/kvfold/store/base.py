@@ -51,6 +51,10 @@ class TensorCodec(ABC):
     def combine(self, p: torch.Tensor, fields: Fields) -> torch.Tensor:
         """`Σ_t p_t x_t`: `[..., M, T] float32` to `[..., M, D] float32`, before `unfold_output`."""
 
+    def norms(self, fields: Fields) -> torch.Tensor:
+        """`|x_t|`, fields to `[..., T] float32`."""
+        return self.decode(fields).norm(dim=-1)
+
     def constants(self) -> Fields:
         """Tensors of the codec itself, whatever the number of tokens: a basis made from the layer's weights. They count."""
         return {}
