@@ -1,5 +1,6 @@
 """Where tokens are in a layer: dense sinks, dense recent ones, codes between; and what the cache says of itself."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -233,3 +234,20 @@ def test_a_plan_may_be_given_as_text_name_or_plan() -> None:
     model: PreTrainedModel = sharp_model()
     plans = [kvfold.cache(model, given).plan for given in ("int4", "selective_int4", Plan.parse("h2o(25%)"))]
     assert [str(plan) for plan in plans] == ["int4", "protect(sink=16, window=32) | int4", "h2o(25%)"]
+
+
+def test_transformers_own_cache_is_measured_as_it_is(tmp_path: Path) -> None:
+    model = sharp_model(num_hidden_layers=3)
+    before = model.config._attn_implementation
+    ids = tokens(2, 40)
+    with torch.no_grad():
+        theirs = model(ids, use_cache=True)
+        kvfold.cache(model, "full")
+        cache = kvfold.cache(model, "transformers")
+        mine = model(ids, past_key_values=cache)
+    assert model.config._attn_implementation == before
+    assert torch.equal(mine.logits, theirs.logits)
+    assert cache.kernel == "transformers"
+    assert cache.nbytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in theirs.past_key_values.layers)
+    with pytest.raises(PlanError, match="plan 'full'"):
+        cache.save(tmp_path / "cache.safetensors")

@@ -79,7 +79,8 @@ _SHADOWKV = "ShadowKV, arxiv.org/abs/2410.21465"
 _LORC = "LoRC, arxiv.org/abs/2410.03111"
 
 _ALL = (
-    Strategy("full", "full", "every token, in the model's own type"),
+    Strategy("full", "full", "every token, in the model's own type", also=("baseline",)),
+    Strategy("transformers", "transformers", "the same in transformers' own cache, with the model's own attention"),
     Strategy(
         "window",
         "window(25%)",
@@ -103,8 +104,14 @@ _ALL = (
     ),
     Strategy("selective_int8", "protect(sink=16, window=32) | int8", "int8, but the first 16 and last 32 tokens dense"),
     Strategy("selective_int4", "protect(sink=16, window=32) | int4", "int4, but the first 16 and last 32 tokens dense"),
-    Strategy("int8", "int8", "8-bit integers, K per channel, V per token", _KIVI),
-    Strategy("int4", "int4", "4-bit integers, K per channel, V rotated and per token", f"{_KIVI}; {_QUAROT}"),
+    Strategy("int8", "int8", "8-bit integers, K per channel, V per token", _KIVI, also=("quantization_8bit",)),
+    Strategy(
+        "int4",
+        "int4",
+        "4-bit integers, K per channel, V rotated and per token",
+        f"{_KIVI}; {_QUAROT}",
+        also=("quantization_4bit",),
+    ),
     Strategy("int2", "int2", "2-bit integers, the same way", f"{_KIVI}; {_QUAROT}"),
     Strategy("int4_token", "int4(k_axis=token, rotate=none, sink=0)", "4-bit integers, K and V per token", demo=False),
     Strategy("int4_rotated", "int4(k_axis=token, rotate=kv)", "4-bit integers, rotated, per token", _QUAROT, demo=False),

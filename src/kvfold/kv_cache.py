@@ -1,13 +1,13 @@
 """The cache of a model: its layers, its bytes."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvfold import layer_state
 from kvfold.keep.base import Pins
@@ -22,15 +22,15 @@ class KVCache(Cache):
     Layers with a sliding window of their own stay as transformers holds them: they are bounded already.
     """
 
-    def __init__(
-        self, plan: Plan, layers: list[LayerCache | DynamicSlidingWindowLayer], fingerprint: dict[str, Any], pins: Pins = ()
-    ):
-        super().__init__(layers=layers)
+    def __init__(self, plan: Plan, layers: Sequence[LayerCache | DynamicLayer], fingerprint: dict[str, Any], pins: Pins = ()):
+        super().__init__(layers=list(layers))
         self.plan, self.fingerprint, self.pins = plan, fingerprint, pins
 
     @property
     def kernel(self) -> str:
         """The kernel that attends to the compressed segments; several, joined by '+', where layers differ."""
+        if self.plan.leaves_to_transformers:
+            return "transformers"
         return "+".join(sorted({layer.kernel for layer in self.layers if isinstance(layer, LayerCache)}))
 
     # -- for policies that read a chunk twice (kvfold.models.reconstruct) ------------------------------------------------
@@ -76,8 +76,9 @@ class KVCache(Cache):
                 for name, tensor in layer.tensors():
                     yield index, name, tensor
             elif layer.is_initialized:
-                yield index, "sliding.k", layer.keys
-                yield index, "sliding.v", layer.values
+                kind = "sliding" if isinstance(layer, DynamicSlidingWindowLayer) else "dense"
+                yield index, f"{kind}.k", layer.keys
+                yield index, f"{kind}.v", layer.values
 
     @property
     def nbytes(self) -> int:
@@ -94,8 +95,9 @@ class KVCache(Cache):
 
     def copy(self) -> "KVCache":
         """Another cache of the same tokens, in memory of its own: each can go on without the other."""
-        twins = iter(make_layers(self.plan, [layer.site for layer in self.layers if isinstance(layer, LayerCache)]))
-        layers: list[LayerCache | DynamicSlidingWindowLayer] = []
+        sites = [layer.site for layer in self.layers if isinstance(layer, LayerCache)]
+        twins = iter(make_layers(self.plan, sites, self.pins))
+        layers: list[LayerCache | DynamicLayer] = []
         for layer in self.layers:
             if not isinstance(layer, LayerCache):
                 layers.append(copy.deepcopy(layer))
@@ -106,7 +108,7 @@ class KVCache(Cache):
             if layer.is_initialized:
                 layer_state.restore(twin, own, copy.deepcopy(numbers), layer.dtype, layer.device)
             layers.append(twin)
-        return KVCache(self.plan, layers, self.fingerprint)
+        return KVCache(self.plan, layers, self.fingerprint, self.pins)
 
     def save(self, path: Any) -> None:
         """Writes the cache to a file. See `kvfold.persist`."""

@@ -33,8 +33,10 @@ VERSION = 1
 def save(cache: KVCache, path: str | Path) -> None:
     """Writes a cache to a file, in place of what was there. Idle memory is left out.
 
-    FileError when it can't be written; what was at `path` is then still there.
+    FileError when it can't be written; what was at `path` is then still there. PlanError for transformers' own cache.
     """
+    if cache.plan.leaves_to_transformers:
+        raise PlanError("transformers' own cache has no file of kvfold's: make the cache with the plan 'full' to save it")
     path = Path(path)
     tensors: dict[str, torch.Tensor] = {}
     layers = []

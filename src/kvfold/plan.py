@@ -103,6 +103,10 @@ class Layers:
         return next((store for first, last, store in self.exceptions if first <= index <= last), None)
 
 
+ALONE = ("full", "transformers")
+"""Plans of one word: everything as it is, in kvfold's cache, or in transformers' own."""
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """What one layer does."""
@@ -139,7 +143,7 @@ class Plan:
     def parse(text: str) -> "Plan":
         """Reads and checks a plan. Raises PlanError, whose message names the nearest known word."""
         calls = _Reader(text).plan()
-        if [c.name for c in calls] == ["full"] and not calls[0].args:
+        if len(calls) == 1 and calls[0].name in ALONE and not calls[0].args:
             return Plan(calls)
         parts: dict[str, Any] = {}
         for call in calls:
@@ -164,6 +168,11 @@ class Plan:
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.calls))
+
+    @property
+    def leaves_to_transformers(self) -> bool:
+        """Whether the model keeps its own cache and attention, to compare with."""
+        return self.calls[0].name == "transformers"
 
     def _check_together(self) -> None:
         """Raises PlanError for stages that can't be in one plan."""
@@ -235,9 +244,9 @@ def _stage(call: Call) -> tuple[str, Any]:
     for stage in STAGES:
         if cls := methods(stage).get(call.name):
             return stage, _build(call, cls)
-    if call.name == "full":
-        raise PlanError("'full' keeps everything as it is: it stands alone, without arguments")
-    known = ["full", *_PARTS, "layers", *(name for stage in STAGES for name in methods(stage))]
+    if call.name in ALONE:
+        raise PlanError(f"'{call.name}' keeps everything as it is: it stands alone, without arguments")
+    known = [*ALONE, *_PARTS, "layers", *(name for stage in STAGES for name in methods(stage))]
     raise PlanError(f"unknown method '{call.name}'{nearest(call.name, known)} ('kvfold strategies' lists all)")
 
 

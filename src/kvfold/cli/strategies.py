@@ -13,13 +13,23 @@ def strategies(
     from kvfold.catalog import STRATEGIES
 
     rows = [
-        {"name": s.name, "plan": s.plan, "changes": s.changes, "summary": s.summary, "paper": s.paper}
+        {
+            "name": s.name,
+            "plan": s.plan,
+            "changes": s.changes,
+            "summary": "; ".join(text for text in (s.summary, s.finding, _also(s.also)) if text),
+            "paper": s.paper,
+        }
         for s in STRATEGIES.values()
     ]
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     _print_table(rows)
+
+
+def _also(names: tuple[str, ...]) -> str:
+    return f"also {', '.join(names)}" if names else ""
 
 
 _FROM_WIDTH = {"name": 0, "plan": 0, "summary": 0, "changes": 100, "paper": 140}

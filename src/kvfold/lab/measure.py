@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from kvfold.kv_cache import KVCache
 from kvfold.lab.generate import generate
-from kvfold.layer_cache import LayerCache
 from kvfold.models.adapter import cache as make_cache
 from kvfold.plan import Plan
 
@@ -84,8 +83,8 @@ def num_full_elements(cache: KVCache, num_seen: int) -> int:
     Layers with a sliding window count with what they hold by themselves: no plan takes credit for the model's own window.
     """
     per_token = 2 * cache.fingerprint["num_kv_heads"] * cache.fingerprint["head_dim"]
-    held = [num_seen if isinstance(x, LayerCache) else min(num_seen, x.sliding_window - 1) for x in cache.layers]
-    return int(per_token * sum(held))
+    windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
+    return int(per_token * sum(num_seen if window is None else min(num_seen, window - 1) for window in windows))
 
 
 # -- peak memory -------------------------------------------------------------------------------------------------------------

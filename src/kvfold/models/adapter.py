@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
@@ -63,7 +63,7 @@ def detach(model: PreTrainedModel) -> None:
 def cache(model: PreTrainedModel, plan: str | Plan, pin: Iterable[int | range] = ()) -> KVCache:
     """A compressed cache for `model.generate(..., past_key_values=cache)` or `model(..., past_key_values=cache)`.
 
-    Attaches kvfold's attention to the model if needed.
+    Attaches kvfold's attention to the model if needed; the plan `transformers` detaches it, and gives transformers' own cache.
 
     Args:
         plan: a plan, its text, or the name of a strategy of the catalog.
@@ -79,6 +79,9 @@ def cache(model: PreTrainedModel, plan: str | Plan, pin: Iterable[int | range] =
 
     resolved = resolve(plan) if isinstance(plan, str) else plan
     pins = _pins(resolved, pin)
+    if resolved.leaves_to_transformers:
+        detach(model)
+        return KVCache(resolved, DynamicCache(config=model.config).layers, fingerprint(model), pins)
     attach(model)
     if resolved.keep and resolved.keep.reconstructs:
         reconstruct.install(model)
