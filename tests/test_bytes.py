@@ -200,7 +200,7 @@ def test_resident_memory_while_a_long_prompt_is_read_is_bounded() -> None:
         return int(json.loads(run.stdout))
 
     noise = 8 << 20
-    short, long = (extra(n, "sink_window(4, 508)") for n in (2048, 8192))
+    short, long = (min(extra(n, "sink_window(4, 508)") for _ in range(2)) for n in (2048, 8192))
     assert long <= 1.3 * short + noise
     full = extra(8192, "full")
     assert full > 4 * 8192 * 4 * 64 * 8, "the measurement sees what a full cache holds"

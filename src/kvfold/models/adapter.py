@@ -232,11 +232,11 @@ def attention(
             raise ModelError("a compressed cache takes a 2-D attention mask (batch, tokens), which says where padding is")
         if module.training:
             raise ModelError("a compressed cache serves inference, no gradients pass through it: call model.eval() first")
+        given = (key, query, attention_mask, scaling, softcap, kwargs.get("position_ids"))
         if not torch.is_grad_enabled():
-            return key.layer.attend(key, query, attention_mask, scaling, softcap), None
+            return key.layer.attend(*given), None
         with torch.no_grad():
-            positions = kwargs.get("position_ids")
-            return key.layer.attend(key, query, attention_mask, scaling, softcap, positions), None
+            return key.layer.attend(*given), None
     return _plain(query, key, value, attention_mask, scaling, softcap), None
 
 

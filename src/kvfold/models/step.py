@@ -131,9 +131,16 @@ class CompiledLayer:
         cache, positions = kwargs.get("past_key_values"), kwargs.get("position_embeddings")
         if args or cache is None or positions is None or not self._takes(hidden_states):
             return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
-        return self._step(hidden_states, positions, kwargs.get("attention_mask"), cache)
+        return self._step(hidden_states, positions, kwargs.get("attention_mask"), cache, kwargs.get("position_ids"))
 
-    def _step(self, hidden: torch.Tensor, positions: Any, mask: torch.Tensor | None, cache: Any) -> torch.Tensor:
+    def _step(
+        self,
+        hidden: torch.Tensor,
+        positions: Any,
+        mask: torch.Tensor | None,
+        cache: Any,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         built = self._built
         assert built is not None
         native = built.native
@@ -149,7 +156,9 @@ class CompiledLayer:
         key, value = cache.update(k, v, built.index)
         if not isinstance(key, Handle):
             q = q.to(key.dtype)
-        attended, _ = self.attention(built.module, q, key, value, mask, scaling=self.scaling, softcap=self.softcap)
+        attended, _ = self.attention(
+            built.module, q, key, value, mask, scaling=self.scaling, softcap=self.softcap, position_ids=position_ids
+        )
         return native.after_attention(hidden, attended.float().contiguous())
 
     def _takes(self, hidden: torch.Tensor) -> bool:
@@ -283,7 +292,7 @@ class _Probe:
         handle = Handle(self, k, v)  # type: ignore[arg-type]
         return handle, handle
 
-    def attend(self, _: Handle, q: torch.Tensor, padding: Any, scaling: float, softcap: Any) -> torch.Tensor:
+    def attend(self, _: Handle, q: torch.Tensor, padding: Any, scaling: float, softcap: Any, positions: Any) -> torch.Tensor:
         self.seen.append(q)
         self.scaling, self.softcap = scaling, softcap
         return self.attended.to(q.dtype)
