@@ -35,10 +35,7 @@ class Worker:
         """Starts the process and waits until its model is loaded."""
         reading, writing = os.pipe()
         command = [*self.command, str(writing)]
-        environment = dict(os.environ) | {"OMP_WAIT_POLICY": "passive"}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=sys.stderr, pass_fds=[writing], env=environment, text=True
-        )
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr, pass_fds=[writing], text=True)
         os.close(writing)
         self.answers = os.fdopen(reading)
         self.described = self._answer()
