@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "kvfold"
 
 # The upper floors: what none of the stages, nor the arithmetic below them, may know.
-UPPER = {"layer_cache", "shared_layers", "layers", "layer_state", "kv_cache", "models", "lab", "cli"}
+UPPER = {"held_layer", "layer_cache", "shared_layers", "layers", "layer_state", "kv_cache", "models", "lab", "cli"}
 # Where tokens lie.
 SEGMENTS = {"segment", "block_view", "blocks", "pool"}
 
@@ -27,6 +27,7 @@ FORBIDDEN = {
     "segment": UPPER | {"block_view", "blocks", "keep", "plan", "pool", "read", "tier"},
     "block_view": UPPER | {"blocks", "keep", "plan", "pool", "read", "tier"},
     "blocks": UPPER | {"keep", "plan", "read", "tier"},
+    "held_layer": {"catalog", "cli", "kv_cache", "lab", "layer_cache", "models"},
     "layer_cache": {"catalog", "cli", "kv_cache", "lab", "layers", "layer_state", "models", "shared_layers"},
     "shared_layers": {"catalog", "cli", "kv_cache", "lab", "layers", "models"},
     "layers": {"catalog", "cli", "kv_cache", "lab", "models"},

@@ -6,218 +6,24 @@ A layer first attends to what it holds and to the new tokens, and only then lets
 that its own queries were to see. Everything that the layer holds is in three segments, `sink`, `body` and `recent`.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
 from kvfold import positions
 from kvfold.attention import dispatch
 from kvfold.attention.reference import Partial, Query, merge
-from kvfold.blocks import Blocks
-from kvfold.budget import Cost
 from kvfold.candidates import Candidates, empty_chunk
 from kvfold.errors import PlanError
 from kvfold.eviction import Eviction
-from kvfold.handle import Handle, SeenLength
+from kvfold.handle import Handle
+from kvfold.held_layer import HeldLayer
 from kvfold.keep.base import Moment
-from kvfold.plan import LayerPlan
-from kvfold.pool import BlockPool
 from kvfold.segment import Run, Segment, join
-from kvfold.site import Site
-from kvfold.tail import Tail
 
 
-class LayerCache(CacheLayerMixin):
-    """The cache of one attention layer.
-
-    Tokens are counted in slots, their index in the sequence as the user sees it, padding included. Padding takes up
-    slots but is never stored.
-    """
-
-    is_sliding = False
-    is_compileable = False
-    runs: ClassVar[tuple[str, ...]] = ("sink", "recent")
-    """The dense segments, by name."""
-    sink: Run
-
-    def __init__(self, site: Site, plan: LayerPlan, pool: Callable[..., BlockPool] = BlockPool):
-        super().__init__()
-        self.site, self.plan, self._new_pool = site, plan, pool
-        self.codec, self.frame = plan.store.codec(site), plan.store.frame(site)
-        self._check(plan)
-        keep = plan.keep
-        self.rope = site.model.rope() if keep and (keep.reindex or keep.needs_rope) and site.model else None
-        self.eviction = Eviction(keep, site, plan.sink, plan.pins, self.rope) if keep else None
-        self.looks_back = False  # while the model reads a chunk again, for a policy that reconstructs
-        self.is_croppable = plan.keep is None
-        self.num_seen = 0
-        self.num_real: list[int] = []  # tokens seen that are not padding, for each sequence
-        self._tail: Tail | None = None
-
-    def _check(self, plan: LayerPlan) -> None:
-        """Raises PlanError for what the codec of this layer can't go with."""
-        if self.codec.positional and plan.read:
-            raise PlanError(f"'{plan.read.name}' writes whole blocks, and '{plan.store.name}' encodes token by token")
-        if self.frame and plan.keep and plan.keep.reindex:
-            raise PlanError(
-                f"'{plan.store.name}' holds keys in other coordinates, in which they can't be re-indexed: add reindex=false"
-            )
-        if self.frame and plan.keep and plan.keep.reads_vectors:
-            raise PlanError(
-                f"'{plan.store.name}' holds keys and values in other coordinates, in which '{plan.keep.name}' can't judge "
-                "them: choose a policy that goes by attention, or another codec"
-            )
-
-    # -- the contract with transformers ----------------------------------------------------------------------------------
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Makes the segments. Shapes: `[B, Hkv, S, D]` both."""
-        batch, heads, _, head_dim = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
-        rows = batch * heads
-        for name in self.runs:
-            setattr(self, name, Run.empty(rows, head_dim, self.dtype, self.device, name == "recent" and self.plan.scored))
-        self._nothing = self.recent
-        self._body = self._new_body(rows)
-        self.num_real = [0] * batch
-        if self.eviction:
-            self.eviction.initialize(rows, self.device)
-            self.eviction.cost = self._cost()
-        self.is_initialized = True
-
-    def _new_body(self, num_rows: int) -> Blocks:
-        keep, read = self.plan.keep, self.plan.read
-        return Blocks(
-            self.codec,
-            num_rows,
-            self.device,
-            contiguous=keep is None,
-            scored=keep is not None and keep.scored,
-            pool=self._new_pool,
-            summarize=read.summarize if read else None,
-        )
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Takes `[B, Hkv, Q, D]` of new keys and values; the attention function gets them as a handle, twice."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if len(self.num_real) != key_states.shape[0]:
-            raise ValueError(f"the cache holds {len(self.num_real)} sequences, the input has {key_states.shape[0]}")
-        self.num_seen += key_states.shape[2]
-        handle = Handle(self, key_states, value_states)
-        return handle, handle
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, kept or not: positions and masks count on it."""
-        return self.num_seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return SeenLength(self.num_seen + query_length), 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.num_real) or -1
-
-    def reset(self) -> None:
-        """Forgets all tokens and gives their memory back."""
-        self.num_seen, self.num_real, self.is_initialized = 0, [], False
-        self._tail = None
-        for name in (*self.runs, "_recent", "_body", "_nothing"):
-            self.__dict__.pop(name, None)
-        if self.eviction:
-            self.eviction.reset()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last tokens; `tokens_to_remove` is negative, as in transformers.
-
-        Exact where nothing has been evicted. Under a keep policy, what has gone does not come back.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError("crop takes the number of tokens to remove as a negative number")
-        if tokens_to_remove == 0 or not self.is_initialized:
-            return
-        removed = min(self.num_seen, -tokens_to_remove)
-        self.num_seen = end = self.num_seen - removed
-        self.num_real = [max(0, n - removed) for n in self.num_real]
-        for name in self.runs:
-            setattr(self, name, (run := getattr(self, name)).where(run.slots < end))
-        if rest := self.body.crop(end):
-            score = torch.zeros_like(rest.slots, dtype=torch.float32) if self.plan.scored else None
-            self.recent = join(Run(rest.k.to(self.dtype), rest.v.to(self.dtype), rest.slots, score), self.recent)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """The sequences `indices [B']`, in that order; copies share their blocks until they differ."""
-        if not self.is_initialized:
-            return
-        indices = indices.to(self.device)
-        num_heads = self.site.num_kv_heads
-        rows = (indices[:, None] * num_heads + torch.arange(num_heads, device=self.device)).flatten()
-        for name in self.runs:
-            setattr(self, name, getattr(self, name).rows(rows))
-        self.body.select_rows(rows)
-        self.num_real = [self.num_real[i] for i in indices.tolist()]
-        if self.eviction:
-            self.eviction.select_rows(rows)
-            self.eviction.cost = self._cost()
-
-    # -- tokens that come one by one -------------------------------------------------------------------------------------
-
-    @property
-    def body(self) -> Blocks:
-        self._close_tail()
-        return self._body
-
-    @property
-    def recent(self) -> Run:
-        self._close_tail()
-        return self._recent
-
-    @recent.setter
-    def recent(self, run: Run) -> None:
-        self._recent = run
-
-    def tail(self) -> Tail | None:
-        """Where the next token of every sequence goes if nothing else is to happen; None when it has to go the long way."""
-        if self._tail is not None and self._tail.left > 0:
-            return self._tail
-        if not (self.is_initialized and self._plain) or any(n != self.num_seen for n in self.num_real):
-            return None
-        if self.plan.sink and not (self.sink.whole and self.sink.width == self.plan.sink):
-            return None
-        self._close_tail()
-        self._tail = Tail.open(self.sink, self._body, self._recent, self.plan.window)
-        return self._tail
-
-    def took(self, tail: Tail) -> None:
-        """Counts the token that the compiled step has put into the tail."""
-        tail.take()
-        self.num_seen += 1
-        self.num_real = [n + 1 for n in self.num_real]
-
-    def _close_tail(self) -> None:
-        tail, self._tail = self._tail, None
-        if tail is None or not tail.taken:
-            return
-        if tail.in_body:
-            self._body.lengths = [n + tail.taken for n in self._body.lengths]
-        else:
-            self._recent = self._recent.longer(tail.taken)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._close_tail()
-        return self.__dict__
+class LayerCache(HeldLayer):
+    """The cache of one attention layer: it attends, and applies its plan."""
 
     # -- attention -------------------------------------------------------------------------------------------------------
 
@@ -281,12 +87,6 @@ class LayerCache(CacheLayerMixin):
         out = self.frame.outputs(result.out) if self.frame else result.out
         out = out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
         return out.transpose(1, 2).to(q.dtype)
-
-    @property
-    def _plain(self) -> bool:
-        """Whether nothing but sinks, window and codec has a say in where a token goes."""
-        held_apart = self.frame or self.codec.positional
-        return type(self) is LayerCache and not (self.plan.keep or self.plan.read or self.plan.tier or held_apart)
 
     @property
     def _joins_first(self) -> bool:
@@ -364,10 +164,6 @@ class LayerCache(CacheLayerMixin):
             columns = read.choose(query.q, pool.table, pool.summary, read.blocks(self.num_real, dense, pool.block))
         yield from [self.body] if columns is None and pool.in_one_place else self.body.parts(columns)
 
-    def _moving(self, chunk: Run) -> list[Segment]:
-        """What a keep policy chooses from, oldest first."""
-        return [segment for segment in (self.body, self.recent, chunk) if segment.width]
-
     def _query_of_sinks(self, query: Query, ranks: torch.Tensor | None) -> Query:
         """Sinks are seen by every query; with re-indexed positions, from as near as the cache is long."""
         q = query.q
@@ -438,43 +234,3 @@ class LayerCache(CacheLayerMixin):
 
     def _positions(self, run: Run, padding: torch.Tensor | None) -> torch.Tensor | None:
         return positions.of(run.slots, padding, self.site.num_kv_heads) if self.codec.positional else None
-
-    def _cost(self) -> Cost | None:
-        """What the tokens of a layer like this one take, where the budget is one of bytes."""
-        if self.plan.keep is None or self.plan.keep.budget.unit != "bytes":
-            return None
-        head_dim, block = self.site.head_dim, self.codec.block
-        num_dense = self.plan.sink + self.plan.window + (block - 1 if self.codec.unit == "block" else 0)
-        return Cost(
-            num_layers=self.site.num_layers,
-            rows=self.batch_size * self.site.num_kv_heads,
-            block=block,
-            block_bytes=self.body.block_bytes(head_dim),
-            dense_bytes=num_dense * (2 * head_dim * self.dtype.itemsize + 4 + 4 * self.plan.keep.scored),
-            fixed_bytes=sum(x.nbytes for x in self.codec.constants().values()),
-        )
-
-    # -- what is there ---------------------------------------------------------------------------------------------------
-
-    @property
-    def kernel(self) -> str:
-        """The kernel that attends to the encoded tokens."""
-        return dispatch.kernel_name(self.codec, self.device.type if self.is_initialized else "cpu")
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor that the layer holds, named by its segment and purpose."""
-        for name, tensor in self.codec.constants().items():
-            yield f"codec.{name}", tensor
-        if self.is_initialized:
-            for name, segment in [*((run, getattr(self, run)) for run in self.runs), ("body", self.body.pool)]:
-                for purpose, tensor in segment.tensors().items():
-                    yield f"{name}.{purpose}", tensor
-            for purpose, tensor in (self.eviction.state if self.eviction else {}).items():
-                yield f"keep.{purpose}", tensor
-
-    def kept_slots(self) -> list[list[int]]:
-        """For each row (sequence * KV heads + head) the slots of the tokens held, in order."""
-        if not self.is_initialized:
-            return []
-        slots = torch.cat([*(getattr(self, name).slots for name in self.runs), self.body.slots()], 1)
-        return [sorted(s for s in row if s >= 0) for row in slots.tolist()]

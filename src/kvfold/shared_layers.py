@@ -22,6 +22,8 @@ from kvfold.site import Site
 class LendingLayer(LayerCache):
     """A layer whose tokens serve the next layers as well; the plan is applied to a chunk when the last of them has attended."""
 
+    alone: ClassVar[bool] = False
+
     def __init__(self, site: Site, plan: LayerPlan, pool: Callable[..., BlockPool] = BlockPool):
         super().__init__(site, plan, pool)
         self._asked: tuple[Run, torch.Tensor | None] | None = None
@@ -52,6 +54,8 @@ class LendingLayer(LayerCache):
 
 class BorrowingLayer(LayerCache):
     """A layer that holds nothing: its queries attend to the tokens of another one."""
+
+    alone: ClassVar[bool] = False
 
     def __init__(self, site: Site, plan: LayerPlan, lender: LendingLayer, *, last: bool):
         super().__init__(site, plan)
@@ -84,6 +88,7 @@ class MergedLayer(LayerCache):
     can't be. A layer's new tokens are merged when its partner has them too, which is when the second layer has attended.
     """
 
+    alone: ClassVar[bool] = False
     runs: ClassVar[tuple[str, ...]] = ("sink", "kept", "recent")
     kept: Run
 
