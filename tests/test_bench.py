@@ -371,25 +371,8 @@ def test_bad_input_is_one_line(folder: Path, text: Path, tmp_path: Path, countin
 def test_the_command_ends_with_a_table_and_files(folder: Path, text: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as exit_:
-        main(
-            [
-                "bench",
-                "full",
-                "int4",
-                "--model",
-                str(folder),
-                "--text",
-                str(text),
-                "--contexts",
-                "64",
-                "--new-tokens",
-                "4",
-                "--out",
-                str(out),
-                "--threads",
-                "1",
-            ]
-        )
+        given = ["--model", str(folder), "--text", str(text), "--out", str(out)]
+        main(["bench", "full", "int4", *given, *"--contexts 64 --new-tokens 4 --threads 1".split()])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
     assert "timing 2/2" in printed
