@@ -370,9 +370,10 @@ def test_bad_input_is_one_line(folder: Path, text: Path, tmp_path: Path, countin
 
 def test_the_command_ends_with_a_table_and_files(folder: Path, text: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
+    where = ["--model", str(folder), "--text", str(text), "--out", str(out)]
+    size = ["--contexts", "64", "--new-tokens", "4", "--threads", "1"]
     with pytest.raises(SystemExit) as exit_:
-        given = ["--model", str(folder), "--text", str(text), "--out", str(out)]
-        main(["bench", "full", "int4", *given, *"--contexts 64 --new-tokens 4 --threads 1".split()])
+        main(["bench", "full", "int4", *where, *size])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
     assert "timing 2/2" in printed
