@@ -219,6 +219,9 @@ def test_what_needs_a_calibration_says_so(calibrated, monkeypatch, tmp_path) -> 
     with pytest.raises(PlanError, match="reindex=false"):
         kvfold.cache(model, "sink_window(sink=4, window=60) | banded(4, calibrated=true)")
     kvfold.cache(model, "sink_window(sink=4, window=60, reindex=false) | banded(4, calibrated=true)")
+    for sharing in ("share(start=0%)", "minicache(start=0%)"):
+        with pytest.raises(PlanError, match="coordinates of its own"):
+            kvfold.cache(model, f"banded(4, calibrated=true) | {sharing}")
     path = calibration_path(model)
     read = load_calibration(path)
     assert all(torch.equal(getattr(read, name), getattr(calibration, name)) for name in vars(calibration))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+from kvfold.errors import PlanError
 from kvfold.keep.base import Pins
 from kvfold.layer_cache import LayerCache
 from kvfold.plan import LayerPlan, Plan
@@ -32,6 +33,10 @@ def make_layers(plan: Plan, sites: Sequence[Site], pins: Pins = ()) -> list[Laye
     for index, (site, layer_plan) in enumerate(zip(sites, plans, strict=True)):
         if index not in layers:
             layers[index] = LayerCache(site, layer_plan, _pool(layer_plan, site, stage))
+    if plan.share and any(layer.frame for layer in layers.values()):
+        raise PlanError(
+            f"'{plan.store.name}' holds each layer in coordinates of its own, so that layers can't share: leave one out"
+        )
     return [layers[index] for index in range(len(sites))]
 
 
