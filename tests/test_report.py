@@ -174,6 +174,13 @@ def test_settings_are_not_mixed(tmp_path: Path) -> None:
     assert "11.25" in page  # the newer of two records of the same measurement
 
 
+def test_strategies_on_other_kernels_stand_in_one_table(tmp_path: Path) -> None:
+    records = [record(), record("int4", kernel="cpu-avx512")]
+    page = write_report(Results(records), tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<section") == 1
+    assert "cpu-avx512" in markdown(records)
+
+
 def test_table_has_columns_for_what_differs(grid: list[Record]) -> None:
     titles = [c.title for c in columns(grid)]
     assert titles[:4] == ["strategy", "plan", "context", "batch"]

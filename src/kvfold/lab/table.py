@@ -41,6 +41,7 @@ _STRATEGY = Column("strategy", lambda r: r.strategy, meaning="its name in the ca
 _CONTEXT = Column("context", lambda r: r.context, "d", meaning="tokens of each sequence before generation")
 _BATCH = Column("batch", lambda r: r.batch, "d", meaning="sequences at once; quality is measured on one")
 PLAN = Column("plan", lambda r: r.plan, meaning="which tokens stay, how they are held")
+_KERNEL = Column("kernel", lambda r: r.kernel, meaning="what attends to the compressed tokens")
 _MEASURED = (
     Column(
         "KV MiB", lambda r: _mib(r.kv_bytes), ".2f", "less", "the cache's bytes, all of them: codes, scales, slots, idle room"
@@ -67,7 +68,7 @@ def columns(records: Sequence[Record]) -> list[Column]:
     for column in (_CONTEXT, _BATCH):
         if len({column.value(r) for r in records}) > 1:
             chosen.append(column)
-    return chosen + [c for c in _MEASURED if any(c.value(r) is not None for r in records)]
+    return [*chosen, *(c for c in _MEASURED if any(c.value(r) is not None for r in records)), _KERNEL]
 
 
 def ordered(records: Sequence[Record]) -> list[Record]:
@@ -105,7 +106,7 @@ def setting_of(r: Record) -> str:
         parts.append(f"bytes in {r.dtype}, speed not measured")
     if r.kl is not None:
         parts.append(f"quality in {r.quality_dtype}, half of the context prefilled and half streamed by {r.quality_chunk}")
-    parts += [f"kernel {r.kernel}", f"seed {r.seed}"]
+    parts.append(f"seed {r.seed}")
     parts.append(", ".join(f"{name} {version}" for name, version in r.versions.items()) + f", source {r.code[:8]}")
     parts.append(", ".join(r.machine.values()))
     return "; ".join(parts) + "."
