@@ -176,7 +176,7 @@ def test_settings_are_not_mixed(tmp_path: Path) -> None:
 
 def test_strategies_on_other_kernels_stand_in_one_table(tmp_path: Path) -> None:
     records = [record(), record("int4", kernel="cpu-avx512")]
-    page = write_report(Results(records), tmp_path / "page.html").read_text(encoding="utf-8")
+    page = write_report(Results(tuple(records)), tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<section") == 1
     assert "cpu-avx512" in markdown(records)
 
