@@ -30,6 +30,10 @@ PLANS = {
     "int4": "int4",
     "int2": "int2",
     "fp8": "fp8",
+    "nf4": "nf4",
+    "tq4": "turboquant(4)",
+    "tq3": "turboquant(3)",
+    "tq2": "turboquant(2)",
 }
 CHUNK = 4096
 

@@ -20,11 +20,13 @@ from kvfold.kernels import cpu
 from kvfold.plan import Plan
 from kvfold.segment import Run, Segment
 from kvfold.site import Site
+from kvfold.store import levels
 from kvfold.store.affine import Affine
 from kvfold.store.base import KVCodec, TensorCodec
 from kvfold.store.dense import DenseCodec
 from kvfold.store.fp8 import Float8
 from kvfold.store.rotation import Rotated
+from kvfold.store.table import Table
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="installed without a compiler")
 
@@ -39,7 +41,23 @@ OTHERS: list[TensorCodec] = [
     *(DenseCodec(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
     *(Float8(form, scaled) for form in ("e4m3", "e5m2") for scaled in (True, False)),  # type: ignore[arg-type]
 ]
-PLANS = ["dense", "int8", "int4", "int2", "fp8", "kivi(int2)", "mixed(k=int8, v=int4)", "int4(rotate=kv)"]
+TABLES = [
+    Table(table, axis, group, offset, scales)  # type: ignore[arg-type]
+    for table, axis, (group, offset, scales) in itertools.product(
+        [levels.nf4(), levels.on_a_sphere(3, 64), (-1.0, -0.1, 0.2, 3.0)],
+        ["token", "channel"],
+        [(16, True, "log8"), (32, False, "half"), (64, False, "log8"), (64, True, "half"), (128, True, "log8")],
+    )
+]
+def named(codec: TensorCodec) -> str:
+    """Without a table's levels, which take lines."""
+    return f"table{codec.bits}-{codec.axis}-{codec.group}-{codec.offset}-{codec.scales}" if isinstance(codec, Table) else str(codec)
+
+
+PLANS = [
+    *("dense", "int8", "int4", "int2", "fp8", "kivi(int2)", "mixed(k=int8, v=int4)", "int4(rotate=kv)"),
+    *("nf4", "fp4", "turboquant(4)", "turboquant(3)", "turboquant(2)", "mixed(k=int4, v=turboquant(3))"),
+]
 HEAD_DIMS = [64, 80, 96, 128, 256]
 LENGTHS = [0, 1, 63, 64, 65, 1000]
 
@@ -104,22 +122,21 @@ def check(
 
 
 def fits(codec: TensorCodec, head_dim: int) -> bool:
-    return not isinstance(codec, Affine) or head_dim % (8 // codec.bits) == 0
+    """Whether lines of the head dim fill whole bytes."""
+    return not isinstance(codec, (Affine, Table)) or head_dim % (8 if codec.bits == 3 else 8 // codec.bits) == 0
 
 
 # -- every codec -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", [*AFFINES, *OTHERS], ids=str)
+@pytest.mark.parametrize("codec", [*AFFINES, *TABLES, *OTHERS], ids=named)
 def test_every_codec_on_both_sides(codec: TensorCodec, monkeypatch: pytest.MonkeyPatch) -> None:
     for head_dim, num_queries in ((64, 1), (128, 1), (80, 1), (64, 5)):
         case = Case(head_dim, num_queries=num_queries)
         check(blocks_of(KVCodec(codec, codec), case), query_of(case), monkeypatch)
 
 
-@pytest.mark.parametrize(
-    "name", ["dense", "int8", "int4", "int2", "fp8", "kivi(int2)", "mixed(k=int8, v=int4)", "int4(rotate=kv)"]
-)
+@pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("num_groups", [1, 3, 7, 16])
 def test_plans_over_shapes(name: str, head_dim: int, num_groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,8 +150,8 @@ def test_plans_over_shapes(name: str, head_dim: int, num_groups: int, monkeypatc
 
 @settings(max_examples=80)
 @given(
-    st.sampled_from([*AFFINES, *OTHERS]),
-    st.sampled_from([*AFFINES, *OTHERS]),
+    st.sampled_from([*AFFINES, *TABLES, *OTHERS]),
+    st.sampled_from([*AFFINES, *TABLES, *OTHERS]),
     st.builds(
         Case,
         head_dim=st.sampled_from([16, 20, *HEAD_DIMS]),

@@ -98,7 +98,7 @@ def random_rotation(dim: int) -> torch.Tensor:
     """
     gaussian = torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     q, r = torch.linalg.qr(gaussian)
-    return (q * r.diagonal().sign()).float()
+    return (q * r.diagonal().sign()).float().contiguous()
 
 
 def _sylvester(dim: int) -> torch.Tensor:

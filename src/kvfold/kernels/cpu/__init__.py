@@ -19,6 +19,7 @@ from kvfold.store.base import Fields, KVCodec, TensorCodec, part
 from kvfold.store.dense import DenseCodec
 from kvfold.store.fp8 import Float8
 from kvfold.store.rotation import Rotated
+from kvfold.store.table import Table
 
 _native: Any
 try:
@@ -41,6 +42,7 @@ _KINDS = {
     4: 6,
     2: 7,
 }
+_TABLE_KINDS = {4: 8, 3: 9, 2: 10}
 _SCALE_KINDS = {None: 0, "half": 1, "log8": 2}
 
 
@@ -153,8 +155,9 @@ def _inner(codec: TensorCodec) -> TensorCodec:
 
 def _known(codec: TensorCodec) -> bool:
     """By exact type: a subclass may write its fields in another way."""
-    if type(codec) is Affine:
-        return codec.bits in (8, 4, 2) and (codec.axis == "token" or codec.block % codec.group == 0)
+    if type(codec) is Affine or type(codec) is Table:
+        known = codec.bits in (_TABLE_KINDS if type(codec) is Table else (8, 4, 2))
+        return known and (codec.axis == "token" or codec.block % codec.group == 0)
     return type(codec) is Float8 or (type(codec) is DenseCodec and codec.dtype in _KINDS)
 
 
@@ -182,12 +185,12 @@ def _side(codec: TensorCodec, fields: Fields, capacity: int, block: int, head_di
         return _native.side(
             kind, False, _SCALE_KINDS[scales], codes.data_ptr(), block * line, 0, line, address, 0, 0, 1, 0.0, rotation
         )
-    if not isinstance(codec, Affine):
+    if not isinstance(codec, (Affine, Table)):
         raise ValueError(f"the CPU kernels don't know {type(codec).__name__}")
-    return _integer_side(codec, fields, capacity, block, head_dim, rotation)
+    return _coded_side(codec, fields, capacity, block, head_dim, rotation)
 
 
-def _integer_side(codec: Affine, fields: Fields, capacity: int, block: int, head_dim: int, rotation: int) -> Any:
+def _coded_side(codec: Affine | Table, fields: Fields, capacity: int, block: int, head_dim: int, rotation: int) -> Any:
     by_channel = codec.axis == "channel"
     lines, columns = (head_dim, block) if by_channel else (block, head_dim)
     scale = fields["scale"]
@@ -202,11 +205,15 @@ def _integer_side(codec: Affine, fields: Fields, capacity: int, block: int, head
     _check("scale", scale, of_scale, torch.uint8 if codec.scales == "log8" else torch.float16)
     if codec.scales == "log8" and by_channel:
         _check("base", fields["base"], (capacity, 1), torch.float16)
-    if not codec.symmetric:
+    if isinstance(codec, Table):
+        kind, has_zero, middle, levels = _TABLE_KINDS[codec.bits], codec.offset, 0.0, codec.levels
+    else:
+        kind, has_zero, levels = _KINDS[codec.bits], not codec.symmetric, ()
+        middle = (2**codec.bits - 1) / 2 if codec.symmetric else 0.0
+    if has_zero:
         _check("zero", fields["zero"], of_scale, torch.float16)
-    middle = (2**codec.bits - 1) / 2 if codec.symmetric else 0.0
     return _native.side(
-        _KINDS[codec.bits],
+        kind,
         by_channel,
         _SCALE_KINDS[codec.scales],
         fields["codes"].data_ptr(),
@@ -214,11 +221,12 @@ def _integer_side(codec: Affine, fields: Fields, capacity: int, block: int, head
         0,
         line,
         scale.data_ptr(),
-        0 if codec.symmetric else fields["zero"].data_ptr(),
+        fields["zero"].data_ptr() if has_zero else 0,
         _address(fields.get("base")),
         groups,
         middle,
         rotation,
+        levels,
     )
 
 

@@ -5,12 +5,15 @@
 
 namespace kvfold {
 
-enum class Kind : int { F32, BF16, F16, E4M3, E5M2, I8, I4, I2 };
+// T4, T3 and T2: codes that name the levels of a table.
+enum class Kind : int { F32, BF16, F16, E4M3, E5M2, I8, I4, I2, T4, T3, T2 };
 enum class ScaleKind : int { NONE, HALF, LOG8 };
+constexpr int kLevels = 16;
 
 // K or V of a segment. A line is a token (its channels side by side) or, where scales are per channel, a channel of a block
 // (its tokens side by side). Codes of less than a byte are packed along the line in 8 / bits equal runs: code j of run i is in
-// bits i * bits ... of byte j.
+// bits i * bits ... of byte j. Codes of 3 bits are two planes: their low 2 bits as above, then their high bits, code 8 j + i in bit i
+// of byte j.
 struct Side {
   Kind kind;
   bool by_channel;
@@ -25,6 +28,7 @@ struct Side {
   int groups;            // numbers of scales a line
   float middle;          // symmetric integers: x = s (c - middle)
   const float* rotation; // [D, D] float32, what vectors were multiplied with; or null
+  float levels[kLevels]; // of T4, T3 and T2, repeated to fill it
 };
 
 // Tokens of all rows, either in blocks of a pool (`table`) or as a dense run.

@@ -7,6 +7,7 @@
 #include "engine.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 
 namespace {
 
@@ -22,9 +23,13 @@ const T* pointer(uintptr_t address) {
 }
 
 Side side(int kind, bool by_channel, int scale_kind, uintptr_t codes, int64_t block_bytes, int64_t row_bytes, int64_t line_bytes,
-          uintptr_t scale, uintptr_t zero, uintptr_t base, int groups, float middle, uintptr_t rotation) {
-  return {Kind(kind), by_channel, ScaleKind(scale_kind), pointer<uint8_t>(codes), block_bytes, row_bytes, line_bytes,
-          pointer<uint8_t>(scale), pointer<uint16_t>(zero), pointer<uint16_t>(base), groups, middle, pointer<float>(rotation)};
+          uintptr_t scale, uintptr_t zero, uintptr_t base, int groups, float middle, uintptr_t rotation,
+          const std::vector<float>& levels) {
+  Side side = {Kind(kind), by_channel, ScaleKind(scale_kind), pointer<uint8_t>(codes), block_bytes, row_bytes, line_bytes,
+               pointer<uint8_t>(scale), pointer<uint16_t>(zero), pointer<uint16_t>(base), groups, middle, pointer<float>(rotation), {}};
+  if (levels.size() > size_t(kvfold::kLevels)) throw nb::value_error("a table of more levels than the kernels take");
+  for (int i = 0; i < kvfold::kLevels && !levels.empty(); i++) side.levels[i] = levels[i % levels.size()];
+  return side;
 }
 
 Segment segment(const Side& k, const Side& v, int rows, int columns, int block, int head_dim, int width, uintptr_t table,
@@ -101,7 +106,8 @@ NB_MODULE(_native, m) {
   bind_step(m);
   nb::class_<Side>(m, "Side");
   nb::class_<Segment>(m, "Segment");
-  m.def("side", &side);
+  m.def("side", &side, "kind"_a, "by_channel"_a, "scale_kind"_a, "codes"_a, "block_bytes"_a, "row_bytes"_a, "line_bytes"_a, "scale"_a,
+        "zero"_a, "base"_a, "groups"_a, "middle"_a, "rotation"_a, "levels"_a = std::vector<float>());
   m.def("segment", &segment);
   m.def("attend", &attend);
   m.def("mass", &mass);

@@ -161,7 +161,7 @@ void add_zeros(const Side& side, const float* x, int vectors, int columns, int l
 // A line of codes as the numbers that it stands for. `l` counts lines of the block.
 void restore_line(const Side& side, const uint8_t* line, int l, int columns, int ld_lines, const Workspace& w, bool has_zero,
                   float* out) {
-  convert(side.kind, line, columns, out);
+  convert(side.kind, line, columns, side.levels, out);
   if (side.scale_kind == ScaleKind::NONE) return;
   const int width = columns / side.groups;
   for (int g = 0; g < side.groups; g++) {

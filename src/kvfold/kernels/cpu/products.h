@@ -5,7 +5,7 @@
 //
 // g(n) is the group of scales that column n is in.
 #pragma once
-#include "vectors.h"
+#include "levels.h"
 
 namespace kvfold {
 namespace {
@@ -18,6 +18,7 @@ struct Matrix {
   int lines, columns;  // columns: a multiple of W * per_byte, and a group a multiple of W, or it goes through scratch
   int groups;
   int64_t ahead = 0;  // from here to the codes that will be read next: they are asked for line by line meanwhile
+  const float* levels = nullptr;  // of tables
 };
 
 // Where the vectors of a tile lie: byte vectors n0 ... of every run.
@@ -44,7 +45,7 @@ inline void across_tile(const Matrix& b, int k_end, const float* a, int lda, int
     vf x[BYTES * per];
     for (int i = 0; i < BYTES * W * bytes_each<K>(); i += 64) __builtin_prefetch(line + n0 * bytes_each<K>() + i + b.ahead);
 #pragma GCC unroll 16
-    for (int i = 0; i < BYTES; i++) load_codes<K>(line, n0 + i * W, x + i * per);
+    for (int i = 0; i < BYTES; i++) load_line<K>(line, n0 + i * W, b.columns, b.levels, x + i * per);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++) {
       if constexpr (GROUPED) {
@@ -105,7 +106,7 @@ void along_strip(const Matrix& b, const float* x, int ldx, const float* scale, i
       vf acc[MR] = {};
       for (int n = 0; n < run; n += W) {
         vf codes[per];
-        load_codes<K>(line, n, codes);
+        load_line<K>(line, n, b.columns, b.levels, codes);
 #pragma GCC unroll 4
         for (int p = 0; p < per; p++) {
           const int column = n + p * run;
@@ -152,6 +153,9 @@ void along_of(const Matrix& b, const float* x, int vectors, int ldx, const float
     case Kind::I8: call(Kind::I8); break;            \
     case Kind::I4: call(Kind::I4); break;            \
     case Kind::I2: call(Kind::I2); break;            \
+    case Kind::T4: call(Kind::T4); break;            \
+    case Kind::T3: call(Kind::T3); break;            \
+    case Kind::T2: call(Kind::T2); break;            \
   }
 
 // A: [groups][vectors, lda], `group_stride` floats from one group to the next; the first `k_end` lines are used.
@@ -173,20 +177,24 @@ void along(Kind kind, const Matrix& b, const float* x, int vectors, int ldx, con
 #undef KVFOLD_CALL
 }
 
-inline int per_byte_of(Kind kind) { return kind == Kind::I4 ? 2 : kind == Kind::I2 ? 4 : 1; }
+inline int per_byte_of(Kind kind) {
+  return kind == Kind::I4 || kind == Kind::T4 ? 2 : kind == Kind::I2 || kind == Kind::T3 || kind == Kind::T2 ? 4 : 1;
+}
 
 // Whether whole vectors of codes share a group of scales, in every run of the packing.
 inline bool aligned(Kind kind, int columns, int groups) {
   return columns % (W * per_byte_of(kind)) == 0 && columns / groups % W == 0;
 }
 
-inline float code_at(Kind kind, const uint8_t* line, int n, int columns) {
+inline float code_at(Kind kind, const uint8_t* line, int n, int columns, const float* levels) {
   uint8_t padded[4 * W] = {};
   vf x[4];
   const int per = per_byte_of(kind);
   if (per > 1) {
     const int run = columns / per, width = 8 / per;
-    return float(line[n % run] >> (n / run * width) & ((1 << width) - 1));
+    int code = line[n % run] >> (n / run * width) & ((1 << width) - 1);
+    if (kind == Kind::T3) code |= (line[run + n / 8] >> n % 8 & 1) << 2;
+    return in_table(kind) ? levels[code] : float(code);
   }
   switch (kind) {
     case Kind::F32: memcpy(padded, line + 4 * n, 4); load_codes<Kind::F32>(padded, 0, x); break;
@@ -200,23 +208,23 @@ inline float code_at(Kind kind, const uint8_t* line, int n, int columns) {
 }
 
 template <Kind K>
-void convert_of(const uint8_t* line, int columns, float* out) {
+void convert_of(const uint8_t* line, int columns, const float* levels, float* out) {
   constexpr int per = per_byte<K>();
   const int run = columns / per;
   for (int n = 0; n < run; n += W) {
     vf x[per];
-    load_codes<K>(line, n, x);
+    load_line<K>(line, n, columns, levels, x);
     for (int p = 0; p < per; p++) store(out + n + p * run, x[p]);
   }
 }
 
-// The codes of a line as floats.
-void convert(Kind kind, const uint8_t* line, int columns, float* out) {
+// The codes of a line as floats; those of tables as their levels.
+void convert(Kind kind, const uint8_t* line, int columns, const float* levels, float* out) {
   if (columns % (W * per_byte_of(kind))) {
-    for (int n = 0; n < columns; n++) out[n] = code_at(kind, line, n, columns);
+    for (int n = 0; n < columns; n++) out[n] = code_at(kind, line, n, columns, levels);
     return;
   }
-#define KVFOLD_CALL(K) convert_of<K>(line, columns, out)
+#define KVFOLD_CALL(K) convert_of<K>(line, columns, levels, out)
   KVFOLD_FOR_KIND(kind, KVFOLD_CALL)
 #undef KVFOLD_CALL
 }

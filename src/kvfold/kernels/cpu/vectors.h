@@ -101,8 +101,8 @@ inline float half_at(const uint16_t* p) {
 }
 
 template <Kind K>
-constexpr int per_byte() {
-  return K == Kind::I4 ? 2 : K == Kind::I2 ? 4 : 1;
+constexpr int per_byte() {  // of T3's low bits
+  return K == Kind::I4 || K == Kind::T4 ? 2 : K == Kind::I2 || K == Kind::T2 || K == Kind::T3 ? 4 : 1;
 }
 
 template <Kind K>
