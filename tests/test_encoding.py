@@ -15,11 +15,13 @@ from kvfold.kernels import cpu
 from kvfold.kernels.cpu.encode import encode, encodes
 from kvfold.plan import Plan
 from kvfold.site import Site
+from kvfold.store import levels
 from kvfold.store.affine import Affine
 from kvfold.store.base import Fields, TensorCodec
 from kvfold.store.dense import DenseCodec
 from kvfold.store.rotation import Rotated
 from kvfold.store.scales import scale_bounds, scale_grid
+from kvfold.store.table import Table
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="installed without a compiler")
 
@@ -27,6 +29,20 @@ AFFINES = [
     Affine(bits, axis, group, symmetric, scales)  # type: ignore[arg-type]
     for bits, axis, group, symmetric, scales in itertools.product(
         [8, 4, 2], ["token", "channel"], [16, 32, 64, 128], [False, True], ["half", "log8"]
+    )
+]
+TABLES = [
+    Table(table, axis, group, offset, scales, fit, refits)  # type: ignore[arg-type]
+    for table, axis, (group, offset, scales, fit, refits) in itertools.product(
+        [levels.nf4(), levels.e2m1(), levels.on_a_sphere(3, 64), (-1.0, -0.1, 0.2, 3.0)],
+        ["token", "channel"],
+        [
+            (16, True, "log8", "largest", 0),
+            (32, False, "half", "norm", 1),
+            (64, False, "log8", "norm", 0),
+            (64, True, "half", "norm", 0),
+            (128, True, "log8", "largest", 0),
+        ],
     )
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -53,8 +69,8 @@ def equal(got: Fields, wanted: Fields, where: str) -> None:
         assert torch.equal(got[name], x), f"{where}: {name} differs in {int((got[name] != x).sum())} of {x.numel()}"
 
 
-@pytest.mark.parametrize("codec", AFFINES, ids=str)
-def test_fields_are_the_references(codec: Affine) -> None:
+@pytest.mark.parametrize("codec", [*AFFINES, *TABLES], ids=str)
+def test_fields_are_the_references(codec: Affine | Table) -> None:
     check(codec, tokens((2, 2, 128, 64)))
     check(codec, tokens((1, 256, 80)).bfloat16())
     check(Rotated(codec, 64), tokens((2, 128, 64)).half())
@@ -62,7 +78,7 @@ def test_fields_are_the_references(codec: Affine) -> None:
 
 @settings(max_examples=60)
 @given(
-    st.sampled_from(AFFINES),
+    st.sampled_from([*AFFINES, *TABLES]),
     st.sampled_from([16, 20, 64, 96, 256]),
     st.integers(0, 3),
     st.sampled_from([1, 63, 64, 65, 200]),
@@ -72,10 +88,17 @@ def test_fields_are_the_references(codec: Affine) -> None:
     st.booleans(),
 )
 def test_any_shape_and_size(
-    codec: Affine, head_dim: int, rows: int, num_tokens: int, dtype: torch.dtype, size: float, threads: int, strided: bool
+    codec: Affine | Table,
+    head_dim: int,
+    rows: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+    size: float,
+    threads: int,
+    strided: bool,
 ) -> None:
     """Tiny numbers, and numbers beyond the range of halves; memory that other heads lie in between."""
-    if head_dim % (8 // codec.bits):
+    if head_dim % (8 if codec.bits == 3 else 8 // codec.bits):
         return
     if codec.axis == "channel":
         num_tokens = -(-num_tokens // 128) * 128
@@ -136,9 +159,12 @@ def test_what_is_not_known_is_left_to_the_reference() -> None:
         (Affine(4, "channel", 64), torch.zeros(1, 63, 64)),
         (Affine(4, "channel", 128), torch.zeros(1, 64, 64)),
         (Affine(8), torch.zeros(1, 1, 4096)),
+        (Table(levels.nf4()), torch.zeros(1, 64, 64, dtype=torch.float64)),
+        (Table(levels.nf4(), "channel", 128), torch.zeros(1, 64, 64)),
+        (Table(levels.on_a_sphere(3, 64), group=16), torch.zeros(1, 64, 20)),
     ],
 )
-def test_wrong_input_is_refused(codec: Affine, x: torch.Tensor) -> None:
+def test_wrong_input_is_refused(codec: Affine | Table, x: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"x must be|can't be held"):
         encode(codec, x)
 

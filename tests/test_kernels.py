@@ -49,9 +49,13 @@ TABLES = [
         [(16, True, "log8"), (32, False, "half"), (64, False, "log8"), (64, True, "half"), (128, True, "log8")],
     )
 ]
+
+
 def named(codec: TensorCodec) -> str:
     """Without a table's levels, which take lines."""
-    return f"table{codec.bits}-{codec.axis}-{codec.group}-{codec.offset}-{codec.scales}" if isinstance(codec, Table) else str(codec)
+    if not isinstance(codec, Table):
+        return str(codec)
+    return f"table{codec.bits}-{codec.axis}-{codec.group}-{codec.offset}-{codec.scales}"
 
 
 PLANS = [

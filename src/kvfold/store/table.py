@@ -72,27 +72,40 @@ class Table(TensorCodec):
 
     def encode(self, x: torch.Tensor) -> Fields:
         x = x.float()
+        fields = self.fit_scales(x)
+        codes = self._nearest(of.grouped(x, self.axis, self.group), fields).view_as(x)
+        return {"codes": pack(self._lines(codes), self.bits)} | fields
+
+    def fit_scales(self, x: torch.Tensor) -> Fields:
+        """All fields but the codes, which are then the nearest levels: `x [..., T, D] float32`."""
         grouped = of.grouped(x, self.axis, self.group)
-        over = of.over(self.axis)
         fields = self._store(*self._fit(grouped), nearest=self._clips_little())
         for _ in range(self.refits):
             levels = self._levels(x)[self._nearest(grouped, fields).int()]
-            fields = self._store(*_least_squares(grouped, levels, over, self.offset), nearest=True)
-        codes = self._nearest(grouped, fields).view_as(x)
-        return {"codes": pack(self._lines(codes), self.bits)} | fields
+            fields = self._store(*_least_squares(grouped, levels, of.over(self.axis), self.offset), nearest=True)
+        return fields
+
+    def load_scales(self, fields: Fields) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scales and, where there are offsets, these: `[..., T, D/g]` or `[..., T/g, D] float32`."""
+        return of.load_scale(fields, self.axis, self.scales), fields["zero"].float() if self.offset else None
+
+    def middles(self, like: torch.Tensor) -> torch.Tensor:
+        """Between neighbouring levels, `[2^bits - 1] float32`: a code is how many of these are below its number."""
+        levels = self._levels(like)
+        return (levels[1:] + levels[:-1]) / 2
 
     def decode(self, fields: Fields) -> torch.Tensor:
         values = self._values(fields)
-        scale, zero = self._scale_zero(fields)
+        scale, zero = self.load_scales(fields)
         over = of.over(self.axis)
         scaled = of.grouped(values, self.axis, self.group) * scale.unsqueeze(over)
         return (scaled if zero is None else scaled + zero.unsqueeze(over)).view_as(values)
 
     def dot(self, q: torch.Tensor, fields: Fields) -> torch.Tensor:
-        return of.dot(q, self._values(fields), *self._scale_zero(fields), self.axis)
+        return of.dot(q, self._values(fields), *self.load_scales(fields), self.axis)
 
     def combine(self, p: torch.Tensor, fields: Fields) -> torch.Tensor:
-        return of.combine(p, self._values(fields), *self._scale_zero(fields), self.axis)
+        return of.combine(p, self._values(fields), *self.load_scales(fields), self.axis)
 
     def _lines(self, codes: torch.Tensor) -> torch.Tensor:
         """What shares its scales lies together, as in Affine."""
@@ -104,9 +117,6 @@ class Table(TensorCodec):
     def _values(self, fields: Fields) -> torch.Tensor:
         """The levels of the codes, `[..., T, D] float32`."""
         return self._levels(fields["codes"])[self._lines(unpack(fields["codes"], self.bits)).int()]
-
-    def _scale_zero(self, fields: Fields) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return of.load_scale(fields, self.axis, self.scales), fields["zero"].float() if self.offset else None
 
     def _fit(self, grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scales and offsets of groups, without their axis."""
@@ -136,10 +146,9 @@ class Table(TensorCodec):
     def _nearest(self, grouped: torch.Tensor, fields: Fields) -> torch.Tensor:
         """Codes of the levels that are nearest, in the shape of `grouped`."""
         over = of.over(self.axis)
-        scale, zero = self._scale_zero(fields)
+        scale, zero = self.load_scales(fields)
         scaled = (grouped if zero is None else grouped - zero.unsqueeze(over)) / scale.unsqueeze(over)
-        levels = self._levels(grouped)
-        return torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
+        return torch.bucketize(scaled, self.middles(scaled), out_int32=True).to(torch.uint8)
 
 
 def _least_squares(x: torch.Tensor, levels: torch.Tensor, over: int, offset: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

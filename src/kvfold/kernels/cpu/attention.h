@@ -65,6 +65,7 @@ struct Task {
 
 struct Encoding;  // encoding.h
 struct Encoded;
+struct Naming;
 
 // One build of the kernels for one instruction set.
 struct Kernels {
@@ -77,6 +78,7 @@ struct Kernels {
   // mass [R, G, width] += sum over queries of exp(score - lse), for a task's columns and all vectors; lse [R, M].
   void (*mass)(const Shape&, const Task&, const float* lse, float* mass, float* workspace);
   void (*encode)(const Encoding&, const uint8_t* x, int tokens, int head_dim, const Encoded& to, float* floats);
+  void (*name_levels)(const Naming&, const float* x, int tokens, int head_dim, uint8_t* codes, float* floats);
 };
 
 extern const Kernels kPortable;

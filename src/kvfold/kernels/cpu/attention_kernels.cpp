@@ -10,6 +10,7 @@
 namespace kvfold {
 
 void KVFOLD_ENCODE(const Encoding&, const uint8_t* x, int tokens, int head_dim, const Encoded& to, float* floats);
+void KVFOLD_NAME_LEVELS(const Naming&, const float* x, int tokens, int head_dim, uint8_t* codes, float* floats);
 
 namespace {
 
@@ -250,6 +251,6 @@ int64_t workspace(const Shape& shape, const Part& part, int vectors) {
 
 }  // namespace
 
-extern const Kernels KVFOLD_KERNELS = {KVFOLD_NAME, W, workspace, attend, merge, mass, KVFOLD_ENCODE};
+extern const Kernels KVFOLD_KERNELS = {KVFOLD_NAME, W, workspace, attend, merge, mass, KVFOLD_ENCODE, KVFOLD_NAME_LEVELS};
 
 }  // namespace kvfold

@@ -4,6 +4,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 #include "engine.h"
 
 namespace nb = nanobind;
@@ -98,6 +100,15 @@ void encode(int kind, int input, bool by_channel, bool symmetric, int scale_kind
   kvfold::encode(encoding, pointer<uint8_t>(x), blocks, tokens, head_dim, to, num_threads);
 }
 
+void name_levels(int kind, bool by_channel, int group, const std::vector<float>& middles, uintptr_t x, int64_t blocks, int tokens,
+                 int head_dim, uintptr_t scale, uintptr_t zero, uintptr_t codes, int num_threads) {
+  kvfold::Naming naming = {Kind(kind), by_channel, group, pointer<float>(scale), pointer<float>(zero), {}};
+  if (middles.empty() || middles.size() >= size_t(kvfold::kLevels)) throw nb::value_error("middles of 4, 8 or 16 levels");
+  for (int i = 0; i < kvfold::kLevels; i++) naming.middles[i] = middles[std::min(size_t(i) % (middles.size() + 1), middles.size() - 1)];
+  nb::gil_scoped_release release;
+  kvfold::name_levels(naming, pointer<float>(x), blocks, tokens, head_dim, reinterpret_cast<uint8_t*>(codes), num_threads);
+}
+
 }  // namespace
 
 void bind_step(nb::module_& m);  // step_bindings.cpp
@@ -112,6 +123,7 @@ NB_MODULE(_native, m) {
   m.def("attend", &attend);
   m.def("mass", &mass);
   m.def("encode", &encode);
+  m.def("name_levels", &name_levels);
   m.def("available", &kvfold::available);
   m.def("choose", &kvfold::choose);
   m.def("chosen", [] { return std::string(kvfold::kernels().name); });

@@ -1,6 +1,7 @@
-"""Quantizing and packing on the CPU, in C++: the same fields as `kvfold.store.affine` makes, bit for bit.
+"""Quantizing and packing on the CPU, in C++: the fields of `kvfold.store.affine` and `kvfold.store.table`, bit for bit.
 
-A rotation before the codec stays torch's product, whose sums no other code would add up in the same order.
+What no other code would add up in the same order stays torch's: a rotation before the codec, and the scales of tables, which
+may be root mean squares. Tables' levels are chosen and packed here.
 """
 
 import torch
@@ -10,28 +11,29 @@ from kvfold.store.affine import Affine
 from kvfold.store.base import Fields, TensorCodec
 from kvfold.store.rotation import Rotated
 from kvfold.store.scales import channel_group, scale_bounds, scale_grid
+from kvfold.store.table import Table
 
 
 def encodes(codec: TensorCodec) -> bool:
     """Whether the compiled code writes what this codec does: by exact type, as a subclass may write in another way."""
     inner = codec.inner if type(codec) is Rotated else codec
-    return type(inner) is Affine and inner.bits in (8, 4, 2)
+    return (type(inner) is Affine and inner.bits in (8, 4, 2)) or type(inner) is Table
 
 
 def encode(codec: TensorCodec, x: torch.Tensor) -> Fields:
     """What `codec.encode(x)` returns, for `x [..., T, D]` on the CPU. ValueError where that has no meaning."""
     if isinstance(codec, Rotated):
         return encode(codec.inner, codec.turn(x))
+    _check_input(x)
+    if isinstance(codec, Table):
+        return _encode_in_table(codec, x.float().contiguous())
     assert isinstance(codec, Affine)
-    if not x.is_cpu or x.dtype not in cpu._KINDS or x.dim() < 2:
-        raise ValueError(f"x must be [..., T, D] of float32, bfloat16 or float16, on the CPU; it is {x.dtype} {tuple(x.shape)}")
     x = x.contiguous()
     *lead, num_tokens, head_dim = x.shape
     by_channel = codec.axis == "channel"
     group = codec.group if by_channel else channel_group(head_dim, codec.group)
     across, along = (head_dim, num_tokens) if by_channel else (num_tokens, head_dim)
-    if along % group or along % (8 // codec.bits) or not 0 < head_dim <= cpu.MAX_HEAD_DIM:
-        raise ValueError(f"{along} numbers along the {codec.axis} can't be held by {codec}")
+    _check_lines(codec, along, group, head_dim)
     of_scale = (*lead, along // group, head_dim) if by_channel else (*lead, num_tokens, along // group)
     log8 = codec.scales == "log8"
     fields = {
@@ -61,3 +63,41 @@ def encode(codec: TensorCodec, x: torch.Tensor) -> Fields:
         cpu._threads(),
     )
     return fields
+
+
+def _encode_in_table(codec: Table, x: torch.Tensor) -> Fields:
+    *lead, num_tokens, head_dim = x.shape
+    by_channel = codec.axis == "channel"
+    group = codec.group if by_channel else channel_group(head_dim, codec.group)
+    across, along = (head_dim, num_tokens) if by_channel else (num_tokens, head_dim)
+    _check_lines(codec, along, group, head_dim)
+    fields = codec.fit_scales(x)
+    scale, zero = codec.load_scales(fields)
+    codes = x.new_empty(*lead, across, along * codec.bits // 8, dtype=torch.uint8)
+    cpu._native.choose(cpu.chosen())
+    cpu._native.name_levels(
+        cpu._TABLE_KINDS[codec.bits],
+        by_channel,
+        group,
+        codec.middles(x).tolist(),
+        x.data_ptr(),
+        x[..., 0, 0].numel(),
+        num_tokens,
+        head_dim,
+        scale.data_ptr(),
+        cpu._address(zero),
+        codes.data_ptr(),
+        cpu._threads(),
+    )
+    return {"codes": codes} | fields
+
+
+def _check_input(x: torch.Tensor) -> None:
+    if not x.is_cpu or x.dtype not in cpu._KINDS or x.dim() < 2:
+        raise ValueError(f"x must be [..., T, D] of float32, bfloat16 or float16, on the CPU; it is {x.dtype} {tuple(x.shape)}")
+
+
+def _check_lines(codec: Affine | Table, along: int, group: int, head_dim: int) -> None:
+    whole = 8 if codec.bits == 3 else 8 // codec.bits
+    if along % group or along % whole or not 0 < head_dim <= cpu.MAX_HEAD_DIM:
+        raise ValueError(f"{along} numbers along the {codec.axis} can't be held by {codec}")

@@ -1,12 +1,9 @@
 // Quantizing and packing, in the very order of operations of kvfold/store/affine.py, so that codes and scales are the same bit
 // for bit. Compiled without contraction: a fused multiply-add rounds once where torch rounds twice.
 #include <cmath>
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 #include "encoding.h"
-#include "vectors.h"
+#include "packing.h"
 
 namespace kvfold {
 namespace {
@@ -130,51 +127,7 @@ inline void quantize(const float* x, const float* start, const float* step, int 
   const float magic = 8388608.0f;  // 2^23: adding it rounds to the nearest integer, ties to even
   for (int i = 0; i < n; i += W) {
     const vf y = clamped((load(x + i) - load(start + i)) / load(step + i), levels) + magic;
-    const vu code = bits<vu>(y);
-    uint8_t out[W];
-#if defined(__AVX512F__)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(bits<__m512i>(code)));
-#else
-    for (int j = 0; j < W; j++) out[j] = uint8_t(code[j]);
-#endif
-    memcpy(codes + i, out, n - i < W ? n - i : W);
-  }
-}
-
-// Packs `per` runs of `run` bytes, `stride` apart, into one.
-void pack(const uint8_t* codes, int64_t stride, int run, int per, uint8_t* out) {
-  const int width = 8 / per;
-  memcpy(out, codes, run);
-  for (int p = 1; p < per; p++) {
-    const uint8_t* from = codes + p * stride;
-    for (int i = 0; i < run; i++) out[i] |= uint8_t(from[i] << (p * width));
-  }
-}
-
-// to [columns, rows] = from [rows, columns]
-void transpose(const uint8_t* from, int rows, int columns, uint8_t* to) {
-  int r = 0;
-#if defined(__SSE2__)
-  for (; r + 16 <= rows; r += 16) {
-    for (int c = 0; c + 16 <= columns; c += 16) {
-      __m128i a[16], b[16];
-      for (int i = 0; i < 16; i++) a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + int64_t(r + i) * columns + c));
-      for (int round = 0; round < 4; round++) {  // each pairs row i with row i + 8
-        for (int i = 0; i < 8; i++) {
-          b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
-          b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
-        }
-        memcpy(a, b, sizeof(a));
-      }
-      for (int i = 0; i < 16; i++) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + int64_t(c + i) * rows + r), a[i]);
-    }
-    for (int c = columns / 16 * 16; c < columns; c++) {
-      for (int i = 0; i < 16; i++) to[int64_t(c) * rows + r + i] = from[int64_t(r + i) * columns + c];
-    }
-  }
-#endif
-  for (; r < rows; r++) {
-    for (int c = 0; c < columns; c++) to[int64_t(c) * rows + r] = from[int64_t(r) * columns + c];
+    store_codes(bits<vu>(y), n - i, codes + i);
   }
 }
 

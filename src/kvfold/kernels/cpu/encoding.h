@@ -15,6 +15,16 @@ struct Encoding {
   const float* bounds;  // [255]: the code of `largest / step` is how many of these it is not below
 };
 
+// How numbers become codes of a table, given their scales; kvfold/store/table.py is the definition, bit for bit.
+struct Naming {
+  Kind kind;  // T4, T3 or T2
+  bool by_channel;
+  int group;
+  const float* scale;  // [T, D / group] for each block, by channel [T / group, D]
+  const float* zero;   // of the same shape, or null
+  float middles[kLevels];  // between neighbouring levels, the last one repeated
+};
+
 // Where a block's fields go.
 struct Encoded {
   uint8_t *codes, *scale;
@@ -26,5 +36,8 @@ struct Encoded {
 inline int64_t encode_floats(int tokens, int head_dim, int groups) {
   return 2 * int64_t(tokens) * head_dim + 4 * int64_t(head_dim + 16) * groups + 128;
 }
+
+// x [tokens, head_dim] to codes; the same of `Kernels::name_levels`.
+inline int64_t naming_floats(int tokens, int head_dim) { return int64_t(tokens) * head_dim / 2 + 3 * int64_t(head_dim + 16) + 64; }
 
 }  // namespace kvfold

@@ -183,4 +183,18 @@ void encode(const Encoding& e, const uint8_t* x, int64_t blocks, int tokens, int
   });
 }
 
+void name_levels(const Naming& naming, const float* x, int64_t blocks, int tokens, int head_dim, uint8_t* codes, int num_threads) {
+  const int bits = naming.kind == Kind::T4 ? 4 : naming.kind == Kind::T3 ? 3 : 2;
+  const int64_t all_tokens = blocks * tokens, piece = naming.by_channel ? tokens : kTokensPerPiece;
+  if (all_tokens == 0) return;
+  parallel_for(int((all_tokens + piece - 1) / piece), num_threads, [&](int i, int) {
+    const int64_t first = i * piece, count = std::min(piece, all_tokens - first), scales = first * head_dim / naming.group;
+    Naming at = naming;
+    at.scale += scales;
+    if (at.zero) at.zero += scales;
+    float* memory = scratch(naming_floats(int(count), head_dim));
+    kernels().name_levels(at, x + first * head_dim, int(count), head_dim, codes + first * head_dim * bits / 8, memory);
+  });
+}
+
 }  // namespace kvfold

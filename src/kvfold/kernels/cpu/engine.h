@@ -22,4 +22,7 @@ void mass(const Shape& shape, const Part& part, const float* lse, float* receive
 // Encodes x [blocks, tokens, head_dim] into fields that lie one block after another.
 void encode(const Encoding& encoding, const uint8_t* x, int64_t blocks, int tokens, int head_dim, const Encoded& to, int num_threads);
 
+// Codes of x [blocks, tokens, head_dim] in tables, given scales.
+void name_levels(const Naming& naming, const float* x, int64_t blocks, int tokens, int head_dim, uint8_t* codes, int num_threads);
+
 }  // namespace kvfold
