@@ -69,8 +69,13 @@ void by_token(const Naming& e, const float* x, int tokens, int head_dim, int per
   const int groups = head_dim / e.group, run = head_dim / per, line_bytes = run + (e.kind == Kind::T3 ? head_dim / 8 : 0);
   for (int t = 0; t < tokens; t++, to += line_bytes) {
     memcpy(line.x, x + int64_t(t) * head_dim, sizeof(float) * head_dim);
-    for (int d = 0; d < head_dim; d++) line.scale[d] = e.scale[int64_t(t) * groups + d / e.group];
-    for (int d = 0; e.zero && d < head_dim; d++) line.zero[d] = e.zero[int64_t(t) * groups + d / e.group];
+    for (int g = 0; g < groups; g++) {
+      const float scale = e.scale[int64_t(t) * groups + g], zero = e.zero ? e.zero[int64_t(t) * groups + g] : 0.0f;
+      for (int d = g * e.group; d < (g + 1) * e.group; d++) {
+        line.scale[d] = scale;
+        line.zero[d] = zero;
+      }
+    }
     name_line(e, line.x, line.scale, e.zero ? line.zero : nullptr, head_dim, codes);
     if (e.kind == Kind::T3) split_high(codes, 1, 8, head_dim / 8, to + run);
     pack(codes, run, run, per, to);
