@@ -34,6 +34,9 @@ PLANS = {
     "tq4": "turboquant(4)",
     "tq3": "turboquant(3)",
     "tq2": "turboquant(2)",
+    "kvquant3": "kvquant(3)",
+    "gear4": "gear(int4)",
+    "banded": "banded(2.5)",
 }
 CHUNK = 4096
 

@@ -8,14 +8,14 @@ them are allowed.
 
 import math
 
-import torch
-
 from kvfold.attention.dispatch import kernel_name
 from kvfold.attention.reference import Query
 from kvfold.blocks import Blocks
 from kvfold.segment import Segment
 from kvfold.store.affine import Affine
-from kvfold.store.base import TensorCodec, part
+from kvfold.store.base import Fields, TensorCodec, part
+from kvfold.store.outliers import Outliers
+from kvfold.store.residual import Residual
 from kvfold.store.rotation import Rotated
 
 
@@ -25,14 +25,15 @@ def allowance(segment: Segment, query: Query) -> tuple[float, float]:
         return 0.0, 0.0
     head_dim, block = query.q.shape[-1], segment.pool.block
     of_score = of_value = 0.0
-    k, v = _affine(segment.codec.k), _affine(segment.codec.v)
+    k, k_fields = _codes(segment.codec.k, part("k", segment.pool.fields))
+    v, v_fields = _codes(segment.codec.v, part("v", segment.pool.fields))
     values = segment.codec.decode(segment.pool.fields)[1].abs().max().item()
-    if k is not None and k.axis == "channel":
-        folded = segment.codec.k.fold_query(query.q).abs().amax((0, 1)) * _scales(k, "k", segment).amax((0, 1))
+    if isinstance(k, Affine) and k.axis == "channel":
+        folded = segment.codec.k.fold_query(query.q).abs().amax((0, 1)) * k._scale_zero(k_fields)[0].amax((0, 1))
         of_score = _spread(k, head_dim) * folded.max().item()
-    if v is not None and v.axis == "token":
+    if isinstance(v, Affine) and v.axis == "token":
         turned = math.sqrt(head_dim) if isinstance(segment.codec.v, Rotated) else 1.0
-        of_value = _spread(v, block) * _scales(v, "v", segment).max().item() * turned
+        of_value = _spread(v, block) * v._scale_zero(v_fields)[0].max().item() * turned
     return of_value + math.expm1(2 * of_score) * values, of_score
 
 
@@ -41,10 +42,12 @@ def _spread(codec: Affine, n: int) -> float:
     return 6 / (32639 if codec.bits == 8 else 127) / math.sqrt(12) * math.sqrt(n) * levels / 2
 
 
-def _scales(codec: Affine, side: str, segment: Blocks) -> torch.Tensor:
-    return codec._scale_zero(part(side, segment.pool.fields))[0]
-
-
-def _affine(codec: TensorCodec) -> Affine | None:
-    inner = codec.inner if isinstance(codec, Rotated) else codec
-    return inner if isinstance(inner, Affine) else None
+def _codes(codec: TensorCodec, fields: Fields) -> tuple[TensorCodec, Fields]:
+    """What is left of a codec without its rotation and what it adds to its codes; the latter are not rounded."""
+    if isinstance(codec, Rotated):
+        return _codes(codec.inner, fields)
+    if isinstance(codec, Residual):
+        return _codes(codec.first, part("first", fields))
+    if isinstance(codec, Outliers):
+        return _codes(codec.inner, part("rest", fields))
+    return codec, fields

@@ -17,6 +17,7 @@ from kvfold.attention import dispatch, reference
 from kvfold.attention.reference import Query
 from kvfold.blocks import Blocks
 from kvfold.kernels import cpu
+from kvfold.percent import Percent
 from kvfold.plan import Plan
 from kvfold.segment import Run, Segment
 from kvfold.site import Site
@@ -24,8 +25,12 @@ from kvfold.store import levels
 from kvfold.store.affine import Affine
 from kvfold.store.base import KVCodec, TensorCodec
 from kvfold.store.dense import DenseCodec
+from kvfold.store.fitted import Fitted
 from kvfold.store.fp8 import Float8
+from kvfold.store.outliers import Outliers
+from kvfold.store.residual import Residual
 from kvfold.store.rotation import Rotated
+from kvfold.store.subspace import Subspace
 from kvfold.store.table import Table
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="installed without a compiler")
@@ -51,6 +56,17 @@ TABLES = [
 ]
 
 
+REPAIRED: list[TensorCodec] = [
+    Outliers(Affine(4, "channel"), Percent(0.1), "channel"),
+    Outliers(Affine(2), Percent(0.01), "token"),
+    Outliers(Fitted(3, "channel", 32), Percent(0.01), "channel"),
+    Outliers(Table(levels.nf4()), Percent(0.1), "token"),
+    *(Fitted(bits, axis) for bits, axis in ((2, "token"), (3, "token"), (4, "channel"))),  # type: ignore[arg-type]
+    Residual(Affine(4, "channel"), Subspace(DenseCodec(torch.float16), 4)),
+    Residual(Outliers(Affine(2), Percent(0.05), "token"), Subspace(DenseCodec(torch.float16), 9, 128)),
+]
+
+
 def named(codec: TensorCodec) -> str:
     """Without a table's levels, which take lines."""
     if not isinstance(codec, Table):
@@ -61,6 +77,7 @@ def named(codec: TensorCodec) -> str:
 PLANS = [
     *("dense", "int8", "int4", "int2", "fp8", "kivi(int2)", "mixed(k=int8, v=int4)", "int4(rotate=kv)"),
     *("nf4", "fp4", "turboquant(4)", "turboquant(3)", "turboquant(2)", "mixed(k=int4, v=turboquant(3))"),
+    *("kvquant(3)", "gear(int4, rank=4, outliers=1%)", "gear(int2, rank=0)", "gear(turboquant(2), buffer=256)"),
 ]
 HEAD_DIMS = [64, 80, 96, 128, 256]
 LENGTHS = [0, 1, 63, 64, 65, 1000]
@@ -127,13 +144,15 @@ def check(
 
 def fits(codec: TensorCodec, head_dim: int) -> bool:
     """Whether lines of the head dim fill whole bytes."""
-    return not isinstance(codec, (Affine, Table)) or head_dim % (8 if codec.bits == 3 else 8 // codec.bits) == 0
+    while isinstance(codec, (Outliers, Residual)):
+        codec = codec.inner if isinstance(codec, Outliers) else codec.first
+    return not isinstance(codec, (Affine, Table, Fitted)) or head_dim % (8 if codec.bits == 3 else 8 // codec.bits) == 0
 
 
 # -- every codec -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", [*AFFINES, *TABLES, *OTHERS], ids=named)
+@pytest.mark.parametrize("codec", [*AFFINES, *TABLES, *OTHERS, *REPAIRED], ids=named)
 def test_every_codec_on_both_sides(codec: TensorCodec, monkeypatch: pytest.MonkeyPatch) -> None:
     for head_dim, num_queries in ((64, 1), (128, 1), (80, 1), (64, 5)):
         case = Case(head_dim, num_queries=num_queries)
@@ -154,8 +173,8 @@ def test_plans_over_shapes(name: str, head_dim: int, num_groups: int, monkeypatc
 
 @settings(max_examples=80)
 @given(
-    st.sampled_from([*AFFINES, *TABLES, *OTHERS]),
-    st.sampled_from([*AFFINES, *TABLES, *OTHERS]),
+    st.sampled_from([*AFFINES, *TABLES, *OTHERS, *REPAIRED]),
+    st.sampled_from([*AFFINES, *TABLES, *OTHERS, *REPAIRED]),
     st.builds(
         Case,
         head_dim=st.sampled_from([16, 20, *HEAD_DIMS]),

@@ -44,3 +44,12 @@ def test_more_outliers_leave_less_error(axis: str, percent: int) -> None:
     few, more = (Outliers(Affine(2, axis), Percent(p / 100), axis) for p in (percent, 2 * percent))  # type: ignore[arg-type]
     errors = [float((codec.decode(codec.encode(x)) - x).square().mean()) for codec in (few, more)]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("axis", ["token", "channel"])
+def test_one_query_looks_at_several_blocks(axis: str) -> None:
+    """`[R, 1, M, D]` against `[R, C, T, D]`, as attention over whole blocks asks."""
+    codec = Outliers(Affine(4, axis), Percent(0.05), axis)  # type: ignore[arg-type]
+    x, q = values("normal", 2, 3, 64, 64), values("normal", 2, 1, 5, 64, seed=1)
+    fields = codec.encode(x)
+    torch.testing.assert_close(codec.dot(q, fields), q @ codec.decode(fields).mT, atol=1e-4, rtol=1e-5)

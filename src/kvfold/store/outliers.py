@@ -84,6 +84,8 @@ class Outliers(TensorCodec):
 
 def _gathered(vector: torch.Tensor, value: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """`Σ_i vector[place_li] value_li` for every line l: `vector [..., M, W]`, `place [..., L, n]` to `[..., M, L]`."""
+    lead = torch.broadcast_shapes(vector.shape[:-2], place.shape[:-2])  # one vector may stand for all blocks
+    vector = vector.expand(*lead, *vector.shape[-2:])
     flat = place.flatten(-2)[..., None, :].expand(*vector.shape[:-1], -1)
     return (vector.gather(-1, flat).unflatten(-1, place.shape[-2:]) * value[..., None, :, :]).sum(-1)
 

@@ -14,36 +14,15 @@ from typing import Any
 import torch
 
 from kvfold.errors import KvfoldError
-from kvfold.store.affine import Affine
-from kvfold.store.base import Fields, KVCodec, TensorCodec, part
-from kvfold.store.dense import DenseCodec
-from kvfold.store.fp8 import Float8
-from kvfold.store.rotation import Rotated
-from kvfold.store.table import Table
+from kvfold.kernels.cpu import library, sides
+from kvfold.kernels.cpu.library import KINDS, address, check, head_dim_within
+from kvfold.store.base import Fields, KVCodec, part
 
-_native: Any
-try:
-    from kvfold.kernels.cpu import _native
-except ImportError:
-    _native = None
+_native: Any = library.native
 
 VARIABLE = "KVFOLD_CPU"
-MAX_HEAD_DIM = 1024
 RUN_BLOCK = 64
 """Tokens of a dense run that are taken at once."""
-
-_KINDS = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    "e4m3": 3,
-    "e5m2": 4,
-    8: 5,
-    4: 6,
-    2: 7,
-}
-_TABLE_KINDS = {4: 8, 3: 9, 2: 10}
-_SCALE_KINDS = {None: 0, "half": 1, "log8": 2}
 
 
 class KernelError(KvfoldError):
@@ -104,12 +83,12 @@ def chosen() -> str | None:
 
 def supports(codec: KVCodec) -> bool:
     """Whether the compiled code knows how to read what this codec writes."""
-    return codec.block % 64 == 0 and all(_known(_inner(side)) for side in (codec.k, codec.v))
+    return codec.block % 64 == 0 and all(sides.known(side) for side in (codec.k, codec.v))
 
 
 def supports_dense(dtype: torch.dtype) -> bool:
     """Whether dense tokens of this type can be read."""
-    return dtype in _KINDS
+    return dtype in KINDS
 
 
 def describe_blocks(
@@ -118,14 +97,14 @@ def describe_blocks(
     """Blocks of a pool: `table [R, C] long`, `slots [P, T] int32` or None where rows are contiguous."""
     (num_rows, columns), block = table.shape, codec.block
     capacity = next(iter(fields.values())).shape[0]
-    _check("table", table, (num_rows, columns), torch.int64)
+    check("table", table, (num_rows, columns), torch.int64)
     if slots is not None:
-        _check("slots", slots, (capacity, block), torch.int32)
+        check("slots", slots, (capacity, block), torch.int32)
     if table.numel() and (int(table.max()) >= capacity or int(table.min()) < -1):
         raise ValueError(f"the table names blocks outside of the pool of {capacity}")
-    sides = [_side(getattr(codec, name), part(name, fields), capacity, block, head_dim) for name in ("k", "v")]
+    both = [sides.describe(getattr(codec, name), part(name, fields), capacity, block, head_dim) for name in ("k", "v")]
     segment = _native.segment(
-        *sides, num_rows, columns, block, head_dim, columns * block, table.data_ptr(), _address(slots), False
+        *both, num_rows, columns, block, head_dim, columns * block, table.data_ptr(), address(slots), False
     )
     return Descriptor(segment)
 
@@ -134,116 +113,21 @@ def describe_run(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> Descr
     """Dense tokens: `k, v [R, N, D]` with a last axis that lies together, `slots [R, N] int32`; causal."""
     num_rows, num_tokens, head_dim = k.shape
     slots = slots.contiguous()
-    _check("slots", slots, (num_rows, num_tokens), torch.int32)
+    check("slots", slots, (num_rows, num_tokens), torch.int32)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     dtype, size = k.dtype, k.element_size()
-    if not (k.is_cpu and v.is_cpu and k.shape == v.shape and dtype == v.dtype and dtype in _KINDS):
+    if not (k.is_cpu and v.is_cpu and k.shape == v.shape and dtype == v.dtype and dtype in KINDS):
         is_so = f"{k.dtype} {tuple(k.shape)} on {k.device}, {v.dtype} {tuple(v.shape)} on {v.device}"
         raise ValueError(f"k and v must be alike, of float32, bfloat16 or float16, on the CPU; they are {is_so}")
-    sides = []
+    both = []
     for x in (k, v):
         row, line, _ = x.stride()
-        sides.append(_native.side(_KINDS[dtype], False, 0, x.data_ptr(), 0, row * size, line * size, 0, 0, 0, 1, 0.0, 0))
+        both.append(_native.side(KINDS[dtype], False, 0, x.data_ptr(), 0, row * size, line * size, 0, 0, 0, 1, 0.0, 0))
     columns = -(-num_tokens // RUN_BLOCK)
-    segment = _native.segment(*sides, num_rows, columns, RUN_BLOCK, _head_dim(head_dim), num_tokens, 0, slots.data_ptr(), True)
-    return Descriptor(segment, (k, v, slots))
-
-
-def _inner(codec: TensorCodec) -> TensorCodec:
-    return codec.inner if type(codec) is Rotated else codec
-
-
-def _known(codec: TensorCodec) -> bool:
-    """By exact type: a subclass may write its fields in another way."""
-    if type(codec) is Affine or type(codec) is Table:
-        known = codec.bits in (_TABLE_KINDS if type(codec) is Table else (8, 4, 2))
-        return known and (codec.axis == "token" or codec.block % codec.group == 0)
-    return type(codec) is Float8 or (type(codec) is DenseCodec and codec.dtype in _KINDS)
-
-
-def _side(codec: TensorCodec, fields: Fields, capacity: int, block: int, head_dim: int) -> Any:
-    """K or V of blocks."""
-    rotation = 0
-    if isinstance(codec, Rotated):
-        matrix = codec.matrix()  # made once, never freed
-        _check("rotation", matrix, (head_dim, head_dim), torch.float32)
-        rotation, codec = matrix.data_ptr(), codec.inner
-    _head_dim(head_dim)
-    if isinstance(codec, DenseCodec):
-        _check("x", fields["x"], (capacity, block, head_dim), codec.dtype)
-        line = head_dim * codec.dtype.itemsize
-        address = fields["x"].data_ptr()
-        return _native.side(_KINDS[codec.dtype], False, 0, address, block * line, 0, line, 0, 0, 0, 1, 0.0, rotation)
-    codes = fields["codes"]
-    if isinstance(codec, Float8):
-        _check("codes", codes, (capacity, block, head_dim), torch.uint8)
-        if codec.scaled:
-            _check("scale", fields["scale"], (capacity, block, 1), torch.float16)
-        kind, scales = _KINDS[codec.format], "half" if codec.scaled else None
-        address = _address(fields.get("scale"))
-        line = head_dim
-        return _native.side(
-            kind, False, _SCALE_KINDS[scales], codes.data_ptr(), block * line, 0, line, address, 0, 0, 1, 0.0, rotation
-        )
-    if not isinstance(codec, (Affine, Table)):
-        raise ValueError(f"the CPU kernels don't know {type(codec).__name__}")
-    return _coded_side(codec, fields, capacity, block, head_dim, rotation)
-
-
-def _coded_side(codec: Affine | Table, fields: Fields, capacity: int, block: int, head_dim: int, rotation: int) -> Any:
-    by_channel = codec.axis == "channel"
-    lines, columns = (head_dim, block) if by_channel else (block, head_dim)
-    scale = fields["scale"]
-    if scale.dim() != 3:
-        raise ValueError(f"scales have 3 axes, these {scale.dim()}")
-    groups = scale.shape[1] if by_channel else scale.shape[2]
-    line = columns * codec.bits // 8
-    of_scale = (capacity, groups, head_dim) if by_channel else (capacity, block, groups)
-    if groups < 1 or columns % groups:
-        raise ValueError(f"{groups} scales for {columns} codes")
-    _check("codes", fields["codes"], (capacity, lines, line), torch.uint8)
-    _check("scale", scale, of_scale, torch.uint8 if codec.scales == "log8" else torch.float16)
-    if codec.scales == "log8" and by_channel:
-        _check("base", fields["base"], (capacity, 1), torch.float16)
-    if isinstance(codec, Table):
-        kind, has_zero, middle, levels = _TABLE_KINDS[codec.bits], codec.offset, 0.0, codec.levels
-    else:
-        kind, has_zero, levels = _KINDS[codec.bits], not codec.symmetric, ()
-        middle = (2**codec.bits - 1) / 2 if codec.symmetric else 0.0
-    if has_zero:
-        _check("zero", fields["zero"], of_scale, torch.float16)
-    return _native.side(
-        kind,
-        by_channel,
-        _SCALE_KINDS[codec.scales],
-        fields["codes"].data_ptr(),
-        lines * line,
-        0,
-        line,
-        scale.data_ptr(),
-        fields["zero"].data_ptr() if has_zero else 0,
-        _address(fields.get("base")),
-        groups,
-        middle,
-        rotation,
-        levels,
+    segment = _native.segment(
+        *both, num_rows, columns, RUN_BLOCK, head_dim_within(head_dim), num_tokens, 0, slots.data_ptr(), True
     )
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _head_dim(head_dim: int) -> int:
-    if not 0 < head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"the CPU kernels take head dims up to {MAX_HEAD_DIM}, not {head_dim}")
-    return head_dim
-
-
-def _check(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if not x.is_cpu or x.dtype != dtype or x.shape != shape or not x.is_contiguous():
-        is_so = f"{x.dtype} {tuple(x.shape)} strides {x.stride()} on {x.device}"
-        raise ValueError(f"{name} must be {dtype} {shape}, contiguous, on the CPU; it is {is_so}")
+    return Descriptor(segment, (k, v, slots))
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------------
@@ -273,7 +157,7 @@ def mass(
     q = look.q
     given = _given(look, q.shape, slots, num_groups)
     lse = lse.contiguous()
-    _check("lse", lse, tuple(q.shape[:2]), torch.float32)
+    check("lse", lse, tuple(q.shape[:2]), torch.float32)
     received = q.new_empty(q.shape[0], num_groups, width)
     _native.choose(chosen())
     sizes = _sizes(q, num_groups)
@@ -283,11 +167,11 @@ def mass(
 
 def _given(look: Look, shape: torch.Size, slots: torch.Tensor, num_groups: int) -> tuple[Any, ...]:
     num_rows, num_vectors, _ = shape
-    _check("q", look.q, tuple(shape), torch.float32)
-    _check("slots of the queries", slots, (num_vectors // num_groups,), torch.int64)
+    check("q", look.q, tuple(shape), torch.float32)
+    check("slots of the queries", slots, (num_vectors // num_groups,), torch.int64)
     if look.first_visible is not None:
-        _check("first_visible", look.first_visible, (num_rows, len(slots)), torch.int64)
-    return look.segment.native, look.q.data_ptr(), _address(look.first_visible), look.starts, look.lengths
+        check("first_visible", look.first_visible, (num_rows, len(slots)), torch.int64)
+    return look.segment.native, look.q.data_ptr(), address(look.first_visible), look.starts, look.lengths
 
 
 def _sizes(q: torch.Tensor, num_groups: int) -> tuple[int, int, int, int]:

@@ -10,6 +10,16 @@ enum class Kind : int { F32, BF16, F16, E4M3, E5M2, I8, I4, I2, T4, T3, T2 };
 enum class ScaleKind : int { NONE, HALF, LOG8 };
 constexpr int kLevels = 16;
 
+// What is added to codes: few directions, x_t += B z_t (kvfold/store/subspace.py), and single numbers (kvfold/store/outliers.py).
+struct Repairs {
+  int rank, outliers;           // directions of a block, numbers of a line; 0: none
+  const uint16_t *basis, *z;    // [P, D, rank] and [P, T, rank] halves
+  bool by_channel;              // whether outliers are those of channels, or of tokens
+  const uint16_t* value;        // [P, lines, outliers] halves
+  const uint8_t* place;         // of the same shape: where in its line a number belongs, bytes or words
+  int place_bytes;
+};
+
 // K or V of a segment. A line is a token (its channels side by side) or, where scales are per channel, a channel of a block
 // (its tokens side by side). Codes of less than a byte are packed along the line in 8 / bits equal runs: code j of run i is in
 // bits i * bits ... of byte j. Codes of 3 bits are two planes: their low 2 bits as above, then their high bits, code 8 j + i in bit i
@@ -29,6 +39,8 @@ struct Side {
   float middle;          // symmetric integers: x = s (c - middle)
   const float* rotation; // [D, D] float32, what vectors were multiplied with; or null
   float levels[kLevels]; // of T4, T3 and T2, repeated to fill it
+  const uint16_t* block_levels;  // [P, 2^bits] halves, where each block has levels of its own
+  Repairs repairs;
 };
 
 // Tokens of all rows, either in blocks of a pool (`table`) or as a dense run.

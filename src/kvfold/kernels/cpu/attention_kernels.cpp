@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "encoding.h"
-#include "folding.h"
+#include "repairs.h"
 #include "visible.h"
 
 namespace kvfold {
@@ -45,6 +45,7 @@ void score(const Shape& shape, const Task& task, const Block& block, const Works
   const Side& k = s.k;
   const int vectors = task.end - task.first, d = shape.head_dim;
   const int lines = k.by_channel ? d : s.block;
+  const float* levels = read_levels(k, block.id, w);
   const bool integers = k_in_integers(shape, s, vectors), scaled = k.scale_kind != ScaleKind::NONE;
   const bool has_zero = !integers && scaled && read_scales(k, block.id, lines, k.by_channel ? w.ld_d : w.ld_t, w.scale, w.zero);
   if (integers) {
@@ -56,18 +57,19 @@ void score(const Shape& shape, const Task& task, const Block& block, const Works
     for (int m = 0; m < vectors; m++) {
       for (int t = 0; t < s.block; t += W) store(w.scores + int64_t(m) * w.ld_t + t, all(w.sums[t / width * vectors + m]));
     }
-    const Matrix codes = {block.k, k.line_bytes, d, s.block, k.groups, block.ahead * k.block_bytes, k.levels};
+    const Matrix codes = {block.k, k.line_bytes, d, s.block, k.groups, block.ahead * k.block_bytes, levels};
     across(k.kind, codes, d, w.folded, vectors, w.ld_d, int64_t(vectors) * w.ld_d, w.scores, w.ld_t);
   } else if (!k.by_channel && in_registers(k, d, vectors)) {
-    const Matrix codes = {block.k, k.line_bytes, block.count, d, k.groups, block.ahead * k.block_bytes, k.levels};
+    const Matrix codes = {block.k, k.line_bytes, block.count, d, k.groups, block.ahead * k.block_bytes, levels};
     along(k.kind, codes, w.q, vectors, w.ld_d, scaled ? w.scale : nullptr, w.ld_t, w.scores, w.ld_t, false);
     if (has_zero) add_zeros(k, w.q, vectors, d, w.ld_d, w.zero, block.count, w.ld_t, w.scores, w.ld_t);
   } else {
-    restore_block(k, block.k, block.count, d, s.block, false, has_zero, w);
+    restore_block(k, block.k, levels, block.count, d, s.block, false, has_zero, w);
     memset(w.scores, 0, sizeof(float) * vectors * w.ld_t);
     const Matrix numbers = {reinterpret_cast<uint8_t*>(w.scratch), int64_t(sizeof(float)) * w.ld_t, d, w.ld_t, 1};
     across(Kind::F32, numbers, d, w.q, vectors, w.ld_d, 0, w.scores, w.ld_t);
   }
+  add_repairs(k.repairs, block.id, block.count, s.block, d, true, vectors, w.q, w.ld_d, w.scores, w.ld_t, w);
   if (shape.softcap > 0) cap(shape.softcap, vectors, w.ld_t, w.scores);
   hide(shape, task, block, w.scores, w.ld_t);
 }
@@ -106,6 +108,7 @@ void combine(const Shape& shape, const Task& task, const Block& block, const Wor
   const Side& v = s.v;
   const int vectors = task.end - task.first, d = shape.head_dim;
   const int lines = v.by_channel ? d : s.block;
+  const float* levels = read_levels(v, block.id, w);
   const bool integers = v_in_integers(shape, s, vectors), scaled = v.scale_kind != ScaleKind::NONE;
   const bool has_zero = !integers && scaled && read_scales(v, block.id, lines, v.by_channel ? w.ld_d : w.ld_t, w.scale, w.zero);
   if (integers) {
@@ -122,17 +125,18 @@ void combine(const Shape& shape, const Task& task, const Block& block, const Wor
         for (int i = 0; i < d; i += W) store(out + i, load(out + i) + w.sums[i / width * vectors + m]);
       }
     }
-    const Matrix codes = {block.v, v.line_bytes, block.count, d, v.groups, block.ahead * v.block_bytes, v.levels};
+    const Matrix codes = {block.v, v.line_bytes, block.count, d, v.groups, block.ahead * v.block_bytes, levels};
     across(v.kind, codes, block.count, p, vectors, w.ld_t, int64_t(vectors) * w.ld_t, task.out, w.ld_d);
   } else if (v.by_channel && in_registers(v, s.block, vectors)) {
-    const Matrix codes = {block.v, v.line_bytes, d, s.block, v.groups, block.ahead * v.block_bytes, v.levels};
+    const Matrix codes = {block.v, v.line_bytes, d, s.block, v.groups, block.ahead * v.block_bytes, levels};
     along(v.kind, codes, w.scores, vectors, w.ld_t, scaled ? w.scale : nullptr, w.ld_d, task.out, w.ld_d, true);
     if (has_zero) add_zeros(v, w.scores, vectors, s.block, w.ld_t, w.zero, d, w.ld_d, task.out, w.ld_d);
   } else {
-    restore_block(v, block.v, block.count, d, s.block, true, has_zero, w);
+    restore_block(v, block.v, levels, block.count, d, s.block, true, has_zero, w);
     const Matrix numbers = {reinterpret_cast<uint8_t*>(w.scratch), int64_t(sizeof(float)) * w.ld_d, block.count, w.ld_d, 1};
     across(Kind::F32, numbers, block.count, w.scores, vectors, w.ld_t, 0, task.out, w.ld_d);
   }
+  add_repairs(v.repairs, block.id, block.count, s.block, d, false, vectors, w.scores, w.ld_t, task.out, w.ld_d, w);
 }
 
 void attend(const Shape& shape, const Task& task, float* workspace) {

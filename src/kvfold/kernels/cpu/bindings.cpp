@@ -15,6 +15,7 @@ namespace {
 
 using kvfold::Kind;
 using kvfold::Part;
+using kvfold::Repairs;
 using kvfold::ScaleKind;
 using kvfold::Segment;
 using kvfold::Side;
@@ -28,10 +29,27 @@ Side side(int kind, bool by_channel, int scale_kind, uintptr_t codes, int64_t bl
           uintptr_t scale, uintptr_t zero, uintptr_t base, int groups, float middle, uintptr_t rotation,
           const std::vector<float>& levels) {
   Side side = {Kind(kind), by_channel, ScaleKind(scale_kind), pointer<uint8_t>(codes), block_bytes, row_bytes, line_bytes,
-               pointer<uint8_t>(scale), pointer<uint16_t>(zero), pointer<uint16_t>(base), groups, middle, pointer<float>(rotation), {}};
+               pointer<uint8_t>(scale), pointer<uint16_t>(zero), pointer<uint16_t>(base), groups, middle, pointer<float>(rotation), {}, nullptr, {}};
   if (levels.size() > size_t(kvfold::kLevels)) throw nb::value_error("a table of more levels than the kernels take");
   for (int i = 0; i < kvfold::kLevels && !levels.empty(); i++) side.levels[i] = levels[i % levels.size()];
   return side;
+}
+
+void set_block_levels(Side& side, uintptr_t levels) { side.block_levels = pointer<uint16_t>(levels); }
+
+void set_low_rank(Side& side, int rank, uintptr_t basis, uintptr_t z) {
+  side.repairs.rank = rank;
+  side.repairs.basis = pointer<uint16_t>(basis);
+  side.repairs.z = pointer<uint16_t>(z);
+}
+
+void set_outliers(Side& side, int outliers, bool by_channel, uintptr_t value, uintptr_t place, int place_bytes) {
+  Repairs& repairs = side.repairs;
+  repairs.outliers = outliers;
+  repairs.by_channel = by_channel;
+  repairs.value = pointer<uint16_t>(value);
+  repairs.place = pointer<uint8_t>(place);
+  repairs.place_bytes = place_bytes;
 }
 
 Segment segment(const Side& k, const Side& v, int rows, int columns, int block, int head_dim, int width, uintptr_t table,
@@ -115,7 +133,10 @@ void bind_step(nb::module_& m);  // step_bindings.cpp
 
 NB_MODULE(_native, m) {
   bind_step(m);
-  nb::class_<Side>(m, "Side");
+  nb::class_<Side>(m, "Side")
+      .def("set_block_levels", &set_block_levels)
+      .def("set_low_rank", &set_low_rank)
+      .def("set_outliers", &set_outliers);
   nb::class_<Segment>(m, "Segment");
   m.def("side", &side, "kind"_a, "by_channel"_a, "scale_kind"_a, "codes"_a, "block_bytes"_a, "row_bytes"_a, "line_bytes"_a, "scale"_a,
         "zero"_a, "base"_a, "groups"_a, "middle"_a, "rotation"_a, "levels"_a = std::vector<float>());

@@ -7,6 +7,7 @@ may be root mean squares. Tables' levels are chosen and packed here.
 import torch
 
 from kvfold.kernels import cpu
+from kvfold.kernels.cpu.library import KINDS, MAX_HEAD_DIM, SCALE_KINDS, TABLE_KINDS, address, native
 from kvfold.store.affine import Affine
 from kvfold.store.base import Fields, TensorCodec
 from kvfold.store.rotation import Rotated
@@ -45,21 +46,21 @@ def encode(codec: TensorCodec, x: torch.Tensor) -> Fields:
     if not codec.symmetric:
         fields["zero"] = x.new_empty(of_scale, dtype=torch.float16)
     grid, bounds = (scale_grid(codec.axis), scale_bounds(codec.axis, codec.nearest)) if log8 else (None, None)
-    cpu._native.choose(cpu.chosen())
-    cpu._native.encode(
-        cpu._KINDS[codec.bits],
-        cpu._KINDS[x.dtype],
+    native.choose(cpu.chosen())
+    native.encode(
+        KINDS[codec.bits],
+        KINDS[x.dtype],
         by_channel,
         codec.symmetric,
-        cpu._SCALE_KINDS[codec.scales],
+        SCALE_KINDS[codec.scales],
         group,
-        cpu._address(grid),
-        cpu._address(bounds),
+        address(grid),
+        address(bounds),
         x.data_ptr(),
         x[..., 0, 0].numel(),
         num_tokens,
         head_dim,
-        *(cpu._address(fields.get(name)) for name in ("codes", "scale", "zero", "base")),
+        *(address(fields.get(name)) for name in ("codes", "scale", "zero", "base")),
         cpu._threads(),
     )
     return fields
@@ -74,9 +75,9 @@ def _encode_in_table(codec: Table, x: torch.Tensor) -> Fields:
     fields = codec.fit_scales(x)
     scale, zero = codec.load_scales(fields)
     codes = x.new_empty(*lead, across, along * codec.bits // 8, dtype=torch.uint8)
-    cpu._native.choose(cpu.chosen())
-    cpu._native.name_levels(
-        cpu._TABLE_KINDS[codec.bits],
+    native.choose(cpu.chosen())
+    native.name_levels(
+        TABLE_KINDS[codec.bits],
         by_channel,
         group,
         codec.middles(x).tolist(),
@@ -85,7 +86,7 @@ def _encode_in_table(codec: Table, x: torch.Tensor) -> Fields:
         num_tokens,
         head_dim,
         scale.data_ptr(),
-        cpu._address(zero),
+        address(zero),
         codes.data_ptr(),
         cpu._threads(),
     )
@@ -93,11 +94,11 @@ def _encode_in_table(codec: Table, x: torch.Tensor) -> Fields:
 
 
 def _check_input(x: torch.Tensor) -> None:
-    if not x.is_cpu or x.dtype not in cpu._KINDS or x.dim() < 2:
+    if not x.is_cpu or x.dtype not in KINDS or x.dim() < 2:
         raise ValueError(f"x must be [..., T, D] of float32, bfloat16 or float16, on the CPU; it is {x.dtype} {tuple(x.shape)}")
 
 
 def _check_lines(codec: Affine | Table, along: int, group: int, head_dim: int) -> None:
     whole = 8 if codec.bits == 3 else 8 // codec.bits
-    if along % group or along % whole or not 0 < head_dim <= cpu.MAX_HEAD_DIM:
+    if along % group or along % whole or not 0 < head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{along} numbers along the {codec.axis} can't be held by {codec}")

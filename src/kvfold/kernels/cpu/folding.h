@@ -14,7 +14,7 @@ inline int batch_of(int vectors) { return vectors <= kDirectVectors ? kBatch : 1
 // Where a task keeps its numbers; all sizes in floats.
 struct Workspace {
   int head_dim, ld_d, ld_t;  // ld: padded, ld_t the block
-  float *q, *folded, *scores, *totals, *scale, *zero, *sums, *scratch, *line;
+  float *q, *folded, *scores, *totals, *scale, *zero, *sums, *scratch, *line, *levels;
   Rounded rounded;
   int64_t size, scores_each, rows_each, steps_each;  // `each`: of one block of a batch
 
@@ -41,6 +41,7 @@ struct Workspace {
     sums = take(kDirectVectors * groups);
     scratch = take(int64_t(ld_d) * ld_t);
     line = take(longest);
+    levels = take(kLevels);
     rounded.ld = int(longest);
     rows_each = kDirectVectors * longest * groups / 2;  // two bytes each
     steps_each = kDirectVectors * groups;
@@ -95,6 +96,14 @@ bool read_scales(const Side& side, int64_t id, int lines, int ld, float* scale, 
     }
   }
   return has_zero;
+}
+
+// The levels of a block's codes.
+const float* read_levels(const Side& side, int64_t id, const Workspace& w) {
+  if (!side.block_levels) return side.levels;
+  const int count = side.kind == Kind::T4 ? 16 : side.kind == Kind::T3 ? 8 : 4;
+  for (int i = 0; i < kLevels; i++) w.levels[i] = half_at(side.block_levels + id * count + i % count);
+  return w.levels;
 }
 
 // The highest code's half: what integers are centred on.
@@ -159,9 +168,9 @@ void add_zeros(const Side& side, const float* x, int vectors, int columns, int l
 }
 
 // A line of codes as the numbers that it stands for. `l` counts lines of the block.
-void restore_line(const Side& side, const uint8_t* line, int l, int columns, int ld_lines, const Workspace& w, bool has_zero,
-                  float* out) {
-  convert(side.kind, line, columns, side.levels, out);
+void restore_line(const Side& side, const uint8_t* line, const float* levels, int l, int columns, int ld_lines, const Workspace& w,
+                  bool has_zero, float* out) {
+  convert(side.kind, line, columns, levels, out);
   if (side.scale_kind == ScaleKind::NONE) return;
   const int width = columns / side.groups;
   for (int g = 0; g < side.groups; g++) {
@@ -171,15 +180,15 @@ void restore_line(const Side& side, const uint8_t* line, int l, int columns, int
 }
 
 // A block's numbers into scratch, [lines of the product, columns]: K by channel, V by token.
-void restore_block(const Side& side, const uint8_t* codes, int count, int head_dim, int block, bool lines_are_tokens, bool has_zero,
-                   const Workspace& w) {
+void restore_block(const Side& side, const uint8_t* codes, const float* levels, int count, int head_dim, int block,
+                   bool lines_are_tokens, bool has_zero, const Workspace& w) {
   const int ld = lines_are_tokens ? w.ld_d : w.ld_t;
   const int ld_lines = side.by_channel ? w.ld_d : w.ld_t;
   const int lines = side.by_channel ? head_dim : count, columns = side.by_channel ? block : head_dim;
   const bool direct = side.by_channel != lines_are_tokens;
   for (int l = 0; l < lines; l++) {
     float* line = direct ? w.scratch + int64_t(l) * ld : w.line;
-    restore_line(side, codes + l * side.line_bytes, l, columns, ld_lines, w, has_zero, line);
+    restore_line(side, codes + l * side.line_bytes, levels, l, columns, ld_lines, w, has_zero, line);
     if (direct) continue;
     const int end = side.by_channel ? count : head_dim;
     for (int n = 0; n < end; n++) w.scratch[int64_t(n) * ld + l] = line[n];
