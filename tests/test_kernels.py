@@ -23,6 +23,7 @@ from kvfold.segment import Run, Segment
 from kvfold.site import Site
 from kvfold.store import levels
 from kvfold.store.affine import Affine
+from kvfold.store.bands import Bands
 from kvfold.store.base import KVCodec, TensorCodec
 from kvfold.store.dense import DenseCodec
 from kvfold.store.fitted import Fitted
@@ -77,7 +78,7 @@ def named(codec: TensorCodec) -> str:
 PLANS = [
     *("dense", "int8", "int4", "int2", "fp8", "kivi(int2)", "mixed(k=int8, v=int4)", "int4(rotate=kv)"),
     *("nf4", "fp4", "turboquant(4)", "turboquant(3)", "turboquant(2)", "mixed(k=int4, v=turboquant(3))"),
-    *("kvquant(3)", "gear(int4, rank=4, outliers=1%)", "gear(int2, rank=0)", "gear(turboquant(2), buffer=256)"),
+    *("kvquant(3)", "gear(int4, rank=4, outliers=1%)", "gear(int2, rank=0)", "gear(turboquant(2), buffer=256)", "banded(2.5)"),
 ]
 HEAD_DIMS = [64, 80, 96, 128, 256]
 LENGTHS = [0, 1, 63, 64, 65, 1000]
@@ -142,6 +143,17 @@ def check(
             torch.testing.assert_close(mass, received, atol=1e-5, rtol=off, msg=lambda m, w=where: f"{w}: mass {m}")
 
 
+def bands(head_dim: int) -> list[Bands]:
+    """All numbers of bits, none among them; bands that are no whole vectors; entries that are mended."""
+    many = sorted((i * 5 % 7 for i in range(head_dim)), reverse=True)
+    return [
+        Bands(tuple(many), 4),
+        Bands((6,) * 3 + (5,) * 2 + (1,) * (head_dim - 6) + (0,), 1, exact_zeros=True),
+        Bands((4,) * head_dim),
+        Bands((0,) * head_dim, 3),
+    ]
+
+
 def fits(codec: TensorCodec, head_dim: int) -> bool:
     """Whether lines of the head dim fill whole bytes."""
     while isinstance(codec, (Outliers, Residual)):
@@ -157,6 +169,16 @@ def test_every_codec_on_both_sides(codec: TensorCodec, monkeypatch: pytest.Monke
     for head_dim, num_queries in ((64, 1), (128, 1), (80, 1), (64, 5)):
         case = Case(head_dim, num_queries=num_queries)
         check(blocks_of(KVCodec(codec, codec), case), query_of(case), monkeypatch)
+
+
+@pytest.mark.parametrize("head_dim", [20, *HEAD_DIMS])
+@pytest.mark.parametrize("num_queries", [1, 9])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_bands_of_different_bits(head_dim: int, num_queries: int, rotated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for codec, other in itertools.permutations(bands(head_dim), 2):
+        v = Rotated(other, head_dim) if rotated else other
+        case = Case(head_dim, 130, num_queries=num_queries, softcap=20.0 if rotated else None)
+        check(blocks_of(KVCodec(codec, v), case), query_of(case), monkeypatch)
 
 
 @pytest.mark.parametrize("name", PLANS)

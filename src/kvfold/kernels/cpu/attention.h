@@ -5,8 +5,8 @@
 
 namespace kvfold {
 
-// T4, T3 and T2: codes that name the levels of a table.
-enum class Kind : int { F32, BF16, F16, E4M3, E5M2, I8, I4, I2, T4, T3, T2 };
+// T1 to T6: codes of so many bits that name the levels of a table.
+enum class Kind : int { F32, BF16, F16, E4M3, E5M2, I8, I4, I2, T4, T3, T2, T1, T5, T6 };
 enum class ScaleKind : int { NONE, HALF, LOG8 };
 constexpr int kLevels = 16;
 
@@ -20,10 +20,32 @@ struct Repairs {
   int place_bytes;
 };
 
+// Channels that differ in the bits of their codes (kvfold/store/bands.py): lines from `first` on, `offset` bytes into a block.
+struct Band {
+  Kind kind;
+  int first, lines;
+  int64_t offset, line_bytes;
+  const float* levels;  // 2^bits, and 16 at least
+};
+
+constexpr int kBands = 6;
+
+struct Bands {
+  bool used;  // instead of one kind for all lines
+  int count, channels;  // of all bands; what is beyond has no codes and is 0
+  Band bands[kBands];
+  const uint8_t* scale;       // [P, channels]: 2^((c - 128) / 8)
+  const int8_t* zero_steps;   // [P, channels], in sixteenths of the scale; or null, and then
+  const uint16_t* zero;       // [P, channels] halves
+  int entries;                // single numbers of a block that are mended
+  const uint16_t* value;      // [P, entries] halves
+  const int16_t* place;       // [P, entries]: token * D + channel
+};
+
 // K or V of a segment. A line is a token (its channels side by side) or, where scales are per channel, a channel of a block
 // (its tokens side by side). Codes of less than a byte are packed along the line in 8 / bits equal runs: code j of run i is in
-// bits i * bits ... of byte j. Codes of 3 bits are two planes: their low 2 bits as above, then their high bits, code 8 j + i in bit i
-// of byte j.
+// bits i * bits ... of byte j; of a single bit, code 8 j + i is in bit i of byte j. Codes of 3, 5 and 6 bits are two planes, one behind
+// the other: their low 2 or 4 bits, and the rest.
 struct Side {
   Kind kind;
   bool by_channel;
@@ -41,6 +63,7 @@ struct Side {
   float levels[kLevels]; // of T4, T3 and T2, repeated to fill it
   const uint16_t* block_levels;  // [P, 2^bits] halves, where each block has levels of its own
   Repairs repairs;
+  Bands bands;
 };
 
 // Tokens of all rows, either in blocks of a pool (`table`) or as a dense run.

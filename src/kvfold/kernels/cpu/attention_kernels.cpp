@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "encoding.h"
+#include "bands.h"
 #include "repairs.h"
 #include "visible.h"
 
@@ -48,7 +49,10 @@ void score(const Shape& shape, const Task& task, const Block& block, const Works
   const float* levels = read_levels(k, block.id, w);
   const bool integers = k_in_integers(shape, s, vectors), scaled = k.scale_kind != ScaleKind::NONE;
   const bool has_zero = !integers && scaled && read_scales(k, block.id, lines, k.by_channel ? w.ld_d : w.ld_t, w.scale, w.zero);
-  if (integers) {
+  if (k.bands.used) {
+    score_bands(k, block.k, block.id, block.ahead, s.block, vectors, w);
+    mend_entries(k.bands, block.id, d, true, vectors, w.q, w.ld_d, w.scores, w.ld_t);
+  } else if (integers) {
     const Matrix codes = {block.k, k.line_bytes, d, s.block, k.groups, block.ahead * k.block_bytes};
     integer_across(k.kind, codes, d, w.rounded, vectors, w.scores, w.ld_t, false);
   } else if (k.by_channel && in_registers(k, s.block, vectors)) {
@@ -111,7 +115,10 @@ void combine(const Shape& shape, const Task& task, const Block& block, const Wor
   const float* levels = read_levels(v, block.id, w);
   const bool integers = v_in_integers(shape, s, vectors), scaled = v.scale_kind != ScaleKind::NONE;
   const bool has_zero = !integers && scaled && read_scales(v, block.id, lines, v.by_channel ? w.ld_d : w.ld_t, w.scale, w.zero);
-  if (integers) {
+  if (v.bands.used) {
+    combine_bands(v, block.v, block.id, block.ahead, s.block, block.count, vectors, task.out, w);
+    mend_entries(v.bands, block.id, d, false, vectors, w.scores, w.ld_t, task.out, w.ld_d);
+  } else if (integers) {
     const Matrix codes = {block.v, v.line_bytes, s.block, d, v.groups, block.ahead * v.block_bytes};
     integer_across(v.kind, codes, rounded_up(block.count, 4), w.rounded, vectors, task.out, w.ld_d, true);
   } else if (!v.by_channel && in_registers(v, d, vectors)) {

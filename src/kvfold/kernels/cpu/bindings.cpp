@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -14,6 +15,7 @@ using namespace nb::literals;
 namespace {
 
 using kvfold::Kind;
+using kvfold::Bands;
 using kvfold::Part;
 using kvfold::Repairs;
 using kvfold::ScaleKind;
@@ -29,7 +31,7 @@ Side side(int kind, bool by_channel, int scale_kind, uintptr_t codes, int64_t bl
           uintptr_t scale, uintptr_t zero, uintptr_t base, int groups, float middle, uintptr_t rotation,
           const std::vector<float>& levels) {
   Side side = {Kind(kind), by_channel, ScaleKind(scale_kind), pointer<uint8_t>(codes), block_bytes, row_bytes, line_bytes,
-               pointer<uint8_t>(scale), pointer<uint16_t>(zero), pointer<uint16_t>(base), groups, middle, pointer<float>(rotation), {}, nullptr, {}};
+               pointer<uint8_t>(scale), pointer<uint16_t>(zero), pointer<uint16_t>(base), groups, middle, pointer<float>(rotation), {}, nullptr, {}, {}};
   if (levels.size() > size_t(kvfold::kLevels)) throw nb::value_error("a table of more levels than the kernels take");
   for (int i = 0; i < kvfold::kLevels && !levels.empty(); i++) side.levels[i] = levels[i % levels.size()];
   return side;
@@ -50,6 +52,29 @@ void set_outliers(Side& side, int outliers, bool by_channel, uintptr_t value, ui
   repairs.value = pointer<uint16_t>(value);
   repairs.place = pointer<uint8_t>(place);
   repairs.place_bytes = place_bytes;
+}
+
+// `bands` are (kind, lines, bytes a line, levels).
+Side banded_side(const std::vector<std::tuple<int, int, int, uintptr_t>>& bands, uintptr_t codes, int64_t block_bytes, uintptr_t scale,
+                 uintptr_t zero, bool exact_zeros, int entries, uintptr_t value, uintptr_t place, uintptr_t rotation) {
+  if (bands.size() > size_t(kvfold::kBands)) throw nb::value_error("more bands than the kernels take");
+  Side side = {Kind::T4, true, ScaleKind::NONE, pointer<uint8_t>(codes), block_bytes, 0, 0, nullptr, nullptr, nullptr,
+               1, 0.0f, pointer<float>(rotation), {}, nullptr, {}, {}};
+  Bands& all = side.bands;
+  all.used = true;
+  int64_t offset = 0;
+  for (const auto& [kind, lines, line_bytes, levels] : bands) {
+    all.bands[all.count++] = {Kind(kind), all.channels, lines, offset, line_bytes, pointer<float>(levels)};
+    all.channels += lines;
+    offset += int64_t(lines) * line_bytes;
+  }
+  all.scale = pointer<uint8_t>(scale);
+  all.zero_steps = exact_zeros ? nullptr : pointer<int8_t>(zero);
+  all.zero = exact_zeros ? pointer<uint16_t>(zero) : nullptr;
+  all.entries = entries;
+  all.value = pointer<uint16_t>(value);
+  all.place = pointer<int16_t>(place);
+  return side;
 }
 
 Segment segment(const Side& k, const Side& v, int rows, int columns, int block, int head_dim, int width, uintptr_t table,
@@ -140,6 +165,7 @@ NB_MODULE(_native, m) {
   nb::class_<Segment>(m, "Segment");
   m.def("side", &side, "kind"_a, "by_channel"_a, "scale_kind"_a, "codes"_a, "block_bytes"_a, "row_bytes"_a, "line_bytes"_a, "scale"_a,
         "zero"_a, "base"_a, "groups"_a, "middle"_a, "rotation"_a, "levels"_a = std::vector<float>());
+  m.def("banded_side", &banded_side);
   m.def("segment", &segment);
   m.def("attend", &attend);
   m.def("mass", &mass);

@@ -22,7 +22,7 @@ KINDS = {
     4: 6,
     2: 7,
 }
-TABLE_KINDS = {4: 8, 3: 9, 2: 10}
+TABLE_KINDS = {4: 8, 3: 9, 2: 10, 1: 11, 5: 12, 6: 13}
 SCALE_KINDS = {None: 0, "half": 1, "log8": 2}
 
 

@@ -156,6 +156,9 @@ void along_of(const Matrix& b, const float* x, int vectors, int ldx, const float
     case Kind::T4: call(Kind::T4); break;            \
     case Kind::T3: call(Kind::T3); break;            \
     case Kind::T2: call(Kind::T2); break;            \
+    case Kind::T1: call(Kind::T1); break;            \
+    case Kind::T5: call(Kind::T5); break;            \
+    case Kind::T6: call(Kind::T6); break;            \
   }
 
 // A: [groups][vectors, lda], `group_stride` floats from one group to the next; the first `k_end` lines are used.
@@ -178,7 +181,10 @@ void along(Kind kind, const Matrix& b, const float* x, int vectors, int ldx, con
 }
 
 inline int per_byte_of(Kind kind) {
-  return kind == Kind::I4 || kind == Kind::T4 ? 2 : kind == Kind::I2 || kind == Kind::T3 || kind == Kind::T2 ? 4 : 1;
+#define KVFOLD_CALL(K) return per_byte<K>()
+  KVFOLD_FOR_KIND(kind, KVFOLD_CALL)
+#undef KVFOLD_CALL
+  return 1;
 }
 
 // Whether whole vectors of codes share a group of scales, in every run of the packing.
@@ -189,12 +195,11 @@ inline bool aligned(Kind kind, int columns, int groups) {
 inline float code_at(Kind kind, const uint8_t* line, int n, int columns, const float* levels) {
   uint8_t padded[4 * W] = {};
   vf x[4];
+  if (in_table(kind)) return levels[table_code(kind, line, n, columns)];
   const int per = per_byte_of(kind);
   if (per > 1) {
     const int run = columns / per, width = 8 / per;
-    int code = line[n % run] >> (n / run * width) & ((1 << width) - 1);
-    if (kind == Kind::T3) code |= (line[run + n / 8] >> n % 8 & 1) << 2;
-    return in_table(kind) ? levels[code] : float(code);
+    return float(line[n % run] >> (n / run * width) & ((1 << width) - 1));
   }
   switch (kind) {
     case Kind::F32: memcpy(padded, line + 4 * n, 4); load_codes<Kind::F32>(padded, 0, x); break;

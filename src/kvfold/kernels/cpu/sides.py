@@ -3,12 +3,14 @@
 A codec is taken apart from the outside: a rotation, then low rank and outliers, then codes.
 """
 
+import functools
 from typing import Any
 
 import torch
 
 from kvfold.kernels.cpu.library import KINDS, SCALE_KINDS, TABLE_KINDS, address, check, head_dim_within, native
 from kvfold.store.affine import Affine
+from kvfold.store.bands import Bands, normal_levels
 from kvfold.store.base import Fields, TensorCodec, part
 from kvfold.store.dense import DenseCodec
 from kvfold.store.fitted import Fitted
@@ -26,6 +28,8 @@ def known(codec: TensorCodec) -> bool:
     """Whether the compiled code reads what a codec writes: by exact type, as a subclass may write its fields in another way."""
     if type(codec) is Rotated:
         codec = codec.inner
+    if type(codec) is Bands:
+        return True
     if type(codec) is Residual:
         if type(codec.second) is not Subspace or codec.second.inner != DenseCodec(torch.float16):
             return False
@@ -33,7 +37,7 @@ def known(codec: TensorCodec) -> bool:
     if type(codec) is Outliers:
         codec = codec.inner
     if isinstance(codec, Coded):
-        bits = {Affine: (8, 4, 2), Table: TABLE_KINDS, Fitted: TABLE_KINDS}.get(type(codec), ())
+        bits = {Affine: (8, 4, 2), Table: (4, 3, 2), Fitted: (4, 3, 2)}.get(type(codec), ())
         return codec.bits in bits and (codec.axis == "token" or codec.block % codec.group == 0)
     return type(codec) is Float8 or (type(codec) is DenseCodec and codec.dtype in KINDS)
 
@@ -46,12 +50,45 @@ def describe(codec: TensorCodec, fields: Fields, capacity: int, block: int, head
         matrix = codec.matrix()  # made once, never freed
         check("rotation", matrix, (head_dim, head_dim), torch.float32)
         rotation, codec = matrix.data_ptr(), codec.inner
+    if isinstance(codec, Bands):
+        return _bands(codec, fields, capacity, block, head_dim, rotation)
     if isinstance(codec, Residual):
         side = _repaired(codec.first, part("first", fields), capacity, block, head_dim, rotation)
         assert isinstance(codec.second, Subspace)
         _set_low_rank(side, codec.second, part("second", fields), capacity, block, head_dim)
         return side
     return _repaired(codec, fields, capacity, block, head_dim, rotation)
+
+
+def _bands(codec: Bands, fields: Fields, capacity: int, block: int, head_dim: int, rotation: int) -> Any:
+    if len(codec.bits) != head_dim or block != codec.block:
+        raise ValueError(f"{codec} holds {codec.block} tokens of {len(codec.bits)} channels, not {block} of {head_dim}")
+    bands = [(bits, lines.stop - lines.start, block * bits // 8) for bits, lines in codec.bands()]
+    block_bytes = sum(lines * line for _, lines, line in bands)
+    check("codes", fields["codes"], (capacity, block_bytes), torch.uint8)
+    check("scale", fields["scale"], (capacity, codec.num_coded), torch.uint8)
+    check("zero", fields["zero"], (capacity, codec.num_coded), torch.float16 if codec.exact_zeros else torch.int8)
+    if codec.outliers:
+        check("place", fields["place"], (capacity, codec.outliers), torch.int16)
+        check("value", fields["value"], (capacity, codec.outliers), torch.float16)
+    return native.banded_side(
+        [(TABLE_KINDS[bits], lines, line, _normal_levels(bits).data_ptr()) for bits, lines, line in bands],
+        fields["codes"].data_ptr(),
+        block_bytes,
+        fields["scale"].data_ptr(),
+        fields["zero"].data_ptr(),
+        codec.exact_zeros,
+        codec.outliers,
+        address(fields.get("value")),
+        address(fields.get("place")),
+        rotation,
+    )
+
+
+@functools.cache
+def _normal_levels(bits: int) -> torch.Tensor:
+    """Made once, never freed; small tables are repeated to fill a vector."""
+    return torch.tensor(normal_levels(bits) * max(1, 16 >> bits), dtype=torch.float32)
 
 
 def _repaired(codec: TensorCodec, fields: Fields, capacity: int, block: int, head_dim: int, rotation: int) -> Any:

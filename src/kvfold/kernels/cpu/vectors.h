@@ -101,8 +101,9 @@ inline float half_at(const uint16_t* p) {
 }
 
 template <Kind K>
-constexpr int per_byte() {  // of T3's low bits
-  return K == Kind::I4 || K == Kind::T4 ? 2 : K == Kind::I2 || K == Kind::T2 || K == Kind::T3 ? 4 : 1;
+constexpr int per_byte() {  // of the first plane
+  if (K == Kind::I4 || K == Kind::T4 || K == Kind::T5 || K == Kind::T6) return 2;
+  return K == Kind::I2 || K == Kind::T2 || K == Kind::T3 ? 4 : 1;
 }
 
 template <Kind K>
