@@ -1,14 +1,16 @@
 """Attention of one decoded token over the caches of a whole model: time, bytes and how much of the machine's read bandwidth.
 
-    python benchmarks/cpu_attention.py [--contexts 512 2048 8192 32768] [--threads 2]
+    python benchmarks/cpu_attention.py [--contexts 512 2048 8192 32768] [--threads 2] [--plans int4 nf4 tq3 --reference]
 
 The shape is SmolLM2-135M's by default: 30 layers, 9 query heads on 3 KV heads of 64. Every layer has memory of its own, so that
 nothing is read from a cache that a model would not find it in. Variants take turns, repeat by repeat; a number is the median of
-the repeats' medians over passes, which a machine that is also used by others disturbs less than means. The last line is JSON.
+the repeats' medians over passes, which a machine that is also used by others disturbs less than means. With --reference every
+plan also runs in plain torch, from the same blocks. The last line is JSON.
 """
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +40,7 @@ PLANS = {
     "gear4": "gear(int4)",
     "banded": "banded(2.5)",
 }
+DEFAULT = ["full", "int8", "int4", "int2", "fp8", "nf4", "tq4", "tq3", "tq2"]
 CHUNK = 4096
 
 
@@ -78,6 +81,18 @@ def kvfold(args: argparse.Namespace, num_tokens: int, plan: str) -> tuple[Callab
     return run, used
 
 
+def on_reference(run: Callable[[], object]) -> Callable[[], object]:
+    """The same, without compiled kernels."""
+
+    def slowly() -> None:
+        before = os.environ.get(cpu.VARIABLE, "")
+        os.environ[cpu.VARIABLE] = "off"
+        run()
+        os.environ[cpu.VARIABLE] = before
+
+    return slowly
+
+
 def read_bandwidth(num_threads: int) -> float:
     """GB/s at which torch sums up memory that no cache holds."""
     torch.set_num_threads(num_threads)
@@ -94,6 +109,8 @@ def _timed(run: Callable[[], object]) -> float:
 
 def measure(args: argparse.Namespace, num_tokens: int) -> Iterator[dict[str, object]]:
     variants = {"sdpa bf16": sdpa(args, num_tokens)} | {name: kvfold(args, num_tokens, PLANS[name]) for name in args.plans}
+    if args.reference:
+        variants |= {f"{name} ref": (on_reference(variants[name][0]), variants[name][1]) for name in args.plans}
     times: dict[str, list[float]] = {name: [] for name in variants}
     rounds = max(3, args.rounds * 2048 // num_tokens)
     for run, _ in variants.values():
@@ -118,7 +135,8 @@ def measure(args: argparse.Namespace, num_tokens: int) -> Iterator[dict[str, obj
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 32768])
-    parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS))
+    parser.add_argument("--plans", nargs="+", default=DEFAULT, choices=list(PLANS))
+    parser.add_argument("--reference", action="store_true", help="also in plain torch")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=10)
@@ -131,13 +149,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     bandwidth = read_bandwidth(args.threads)
     print(f"kernel {kernel_name()}, {args.threads} threads, read bandwidth {bandwidth:.1f} GB/s, machine has {cpu.available()}")
-    print(f"{'tokens':>7} {'variant':<10} {'ms':>9} {'spread':>8} {'MB':>8} {'GB/s':>6} {'of read':>8} {'x sdpa':>7}")
+    print(f"{'tokens':>7} {'variant':<12} {'ms':>9} {'spread':>8} {'MB':>8} {'GB/s':>6} {'of read':>8} {'x sdpa':>7}")
     records = []
     for num_tokens in args.contexts:
         for r in measure(args, num_tokens):
             records.append(r)
             print(
-                f"{r['tokens']:>7} {r['variant']:<10} {r['ms']:>9.2f} {r['spread_ms']:>8.2f} {r['mbytes']:>8.1f}"
+                f"{r['tokens']:>7} {r['variant']:<12} {r['ms']:>9.2f} {r['spread_ms']:>8.2f} {r['mbytes']:>8.1f}"
                 f" {r['gb_per_s']:>6.1f} {r['gb_per_s'] / bandwidth:>7.0%} {r['times_as_fast_as_sdpa']:>7.2f}",  # type: ignore[operator]
                 flush=True,
             )
