@@ -240,7 +240,7 @@ def check_replaced(model: PreTrainedModel, form: str) -> None:
     """ModelError when no layer of a model is packed. One that has some can't be saved: no other library reads its layers."""
     if not any(isinstance(m, PackedLinear) for m in model.modules()):
         raise ModelError(f"{type(model).__name__} has no linear layer that can be held as {form}: leave out --weights")
-    model.save_pretrained = functools.partial(_refuse_to_save, form)  # type: ignore[method-assign]
+    model.save_pretrained = functools.partial(_refuse_to_save, form)
 
 
 def _refuse_to_save(form: str, *_: object, **__: object) -> None:
