@@ -2,10 +2,10 @@
 
     python benchmarks/perplexity.py --llama /path/to/venv/bin/python --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
-Wikipedia articles of this machine's registry, the first tokens of each, every token but the first given all before it. kvfold
-takes the file's weights exactly, in float32, and streams the text by 32 through `full` and through `--plans`; transformers reads it
-in one pass; llama.cpp, through llama-cpp-python in an environment of its own, rounds activations to 8 bits and holds the
-cache in 16. The last line is JSON.
+The first tokens of some long Wikipedia articles, every token but the first given all before it. kvfold takes the file's weights
+exactly, in float32, and streams the text by 32 through `full` and through `--plans`; transformers reads it in one pass;
+llama.cpp, through llama-cpp-python in an environment of its own, rounds activations to 8 bits and holds the cache in 16.
+The last line is JSON.
 """
 
 import argparse
