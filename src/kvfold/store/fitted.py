@@ -48,7 +48,7 @@ class Fitted(TensorCodec):
         x = x.float()
         over = of.over(self.axis)
         grouped = of.grouped(x, self.axis, self.group)
-        low, high = grouped.aminmax(dim=over)
+        low, high = grouped.amin(over), grouped.amax(over)
         zero = of.half((low + high) / 2)
         reach = torch.maximum(high - zero.float(), zero.float() - low)
         fields = of.store_scale(reach, self.axis, self.scales, nearest=True) | {"zero": zero}
