@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import Case, blocks_of, query_of
 from rounding import allowance
 
 from kvfold.attention import dispatch, reference
 from kvfold.attention.reference import Query
-from kvfold.blocks import Blocks
 from kvfold.kernels import cpu
 from kvfold.percent import Percent
 from kvfold.plan import Plan
@@ -84,43 +84,6 @@ HEAD_DIMS = [64, 80, 96, 128, 256]
 LENGTHS = [0, 1, 63, 64, 65, 1000]
 
 
-@dataclass(frozen=True)
-class Case:
-    """Two ragged rows, whose second is shorter, seen by `num_groups` heads of `num_queries` queries."""
-
-    head_dim: int = 64
-    length: int = 130
-    num_groups: int = 3
-    num_queries: int = 1
-    holes: bool = False
-    softcap: float | None = None
-    windowed: bool = False
-
-
-def blocks_of(codec: KVCodec, case: Case) -> Blocks:
-    generator = torch.Generator().manual_seed(case.length + case.head_dim)
-    lengths = [case.length, case.length // 2]
-    if codec.unit == "block":
-        lengths = [-(-n // codec.block) * codec.block for n in lengths]
-    blocks = Blocks(codec, 2, torch.device("cpu"), contiguous=not case.holes, scored=False)
-    k, v = torch.randn(2, 2, max(lengths), case.head_dim, generator=generator)
-    k[..., 3] += 5  # a channel that is large in every token
-    place = torch.arange(max(lengths))
-    slots = torch.where(place < torch.tensor(lengths)[:, None], place + 4, -1).int()
-    blocks.append(Run(k, v, slots))
-    if case.holes and blocks.width:
-        blocks.drop(torch.rand(2, blocks.width, generator=generator) < 0.4)
-    return blocks
-
-
-def query_of(case: Case) -> Query:
-    generator = torch.Generator().manual_seed(7)
-    q = torch.randn(2, case.num_groups * case.num_queries, case.head_dim, generator=generator)
-    slots = torch.arange(case.num_queries) + case.length + 4
-    first = (slots - case.length // 2).expand(2, -1).contiguous() if case.windowed else None
-    return Query(q * case.head_dim**-0.5, slots, case.num_groups, first, case.softcap)
-
-
 def check(
     segment: Segment, query: Query, monkeypatch: pytest.MonkeyPatch, sets: list[str] | None = None, threads: int = 1
 ) -> None:
@@ -179,6 +142,16 @@ def test_bands_of_different_bits(head_dim: int, num_queries: int, rotated: bool,
         v = Rotated(other, head_dim) if rotated else other
         case = Case(head_dim, 130, num_queries=num_queries, softcap=20.0 if rotated else None)
         check(blocks_of(KVCodec(codec, v), case), query_of(case), monkeypatch)
+
+
+@pytest.mark.parametrize("num_queries", [1, 9])
+def test_outliers_of_long_lines(num_queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places beyond 256 take two bytes."""
+    codec = Outliers(Affine(4), Percent(0.05), "token")
+    case = Case(320, 130, num_queries=num_queries)
+    segment = blocks_of(KVCodec(codec, codec), case)
+    assert segment.pool.fields["k.place"].dtype == torch.int16
+    check(segment, query_of(case), monkeypatch)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -317,6 +290,13 @@ def test_an_unknown_codec_runs_on_the_reference() -> None:
         assert dispatch.attend([(blocks_of(pair, case), query_of(case))]).out.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["lowrank(50%)", "gear(int4, factors=int8)"])
+def test_plans_that_the_kernels_do_not_read(name: str) -> None:
+    codec = Plan.parse(name).store.codec(Site(64, torch.bfloat16))
+    assert not cpu.supports(codec)
+    assert dispatch.kernel_name(codec) == "torch-reference"
+
+
 def test_a_forked_process_attends_too() -> None:
     code = """
 import os, torch
@@ -333,69 +313,3 @@ if not child:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=dict(os.environ))
-
-
-# -- what must be refused ----------------------------------------------------------------------------------------------------
-
-
-def describe(codec: KVCodec, change: str, value: object) -> None:
-    blocks = blocks_of(codec, Case(length=128))
-    fields, table = dict(blocks.pool.fields), blocks.pool.table
-    if change == "table":
-        table = value(table)  # type: ignore[operator]
-    else:
-        fields[change] = value(fields[change])  # type: ignore[operator]
-    cpu.describe_blocks(codec, fields, table, None, 64)
-
-
-@pytest.mark.parametrize(
-    ("change", "value"),
-    [
-        ("k.codes", lambda x: x.float()),
-        ("k.codes", lambda x: x[:, :, :-1]),
-        ("k.codes", lambda x: x.mT),
-        ("k.scale", lambda x: x[:-1]),
-        ("k.scale", lambda x: x[..., None]),
-        ("k.base", lambda x: x.float()),
-        ("k.zero", lambda x: x.to("meta")),
-        ("v.codes", lambda x: x[::2]),
-        ("v.scale", lambda x: x.half()),
-        ("table", lambda x: x.int()),
-        ("table", lambda x: x + 1000),
-        ("table", lambda x: x - 5),
-    ],
-)
-def test_wrong_blocks_are_refused(change: str, value: object) -> None:
-    with pytest.raises(ValueError, match=r"must be|names blocks|scales"):
-        describe(Plan.parse("int8").store.codec(Site(64, torch.float32)), change, value)
-
-
-def test_wrong_runs_and_queries_are_refused() -> None:
-    k = torch.randn(2, 8, 64)
-    slots = torch.arange(8).int().expand(2, -1)
-    for bad in (k.double(), k[:, :4], k.bfloat16(), k.to("meta"), k[0]):
-        with pytest.raises(ValueError):  # noqa: PT011  (any: the point is that nothing crashes)
-            cpu.describe_run(k, bad, slots)
-    for bad_slots in (slots.long(), slots[:, :4], slots[:1]):
-        with pytest.raises(ValueError, match="slots"):
-            cpu.describe_run(k, k, bad_slots)
-    with pytest.raises(ValueError, match="head dims"):
-        cpu.describe_run(torch.randn(1, 1, 4096), torch.randn(1, 1, 4096), slots[:1, :1])
-    segment = cpu.describe_run(k, k, slots)
-    q, at = torch.randn(2, 3, 64), torch.tensor([9])
-    for look, when in (
-        (cpu.Look(segment, q.double(), None, (), ()), at),
-        (cpu.Look(segment, q.mT.contiguous().mT, None, (), ()), at),
-        (cpu.Look(segment, q[:1], None, (), ()), at),
-        (cpu.Look(segment, q[..., :32].contiguous(), None, (), ()), at),
-        (cpu.Look(segment, q, torch.zeros(2, 2, dtype=torch.long), (), ()), at),
-        (cpu.Look(segment, q, None, (0, 0), (8, 8)), at),
-        (cpu.Look(segment, q, None, (), ()), at.int()),
-        (cpu.Look(segment, q, None, (), ()), torch.tensor([9, 10])),
-    ):
-        with pytest.raises(ValueError):  # noqa: PT011
-            cpu.attend([look], when, 3, None)
-    with pytest.raises(ValueError, match="lse"):
-        cpu.mass(cpu.Look(segment, q, None, (), ()), at, 3, None, torch.zeros(2, 2), 8)
-    with pytest.raises(ValueError, match="width"):
-        cpu.mass(cpu.Look(segment, q, None, (), ()), at, 3, None, torch.zeros(2, 3), 9)
