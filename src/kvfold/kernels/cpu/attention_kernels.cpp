@@ -4,8 +4,7 @@
 #include <cmath>
 
 #include "encoding.h"
-#include "bands.h"
-#include "repairs.h"
+#include "restore.h"
 #include "visible.h"
 
 namespace kvfold {
@@ -40,8 +39,8 @@ void round_probabilities(const Segment& s, const Block& block, int vectors, cons
   round_folded(s.v, w.scores, vectors, w.ld_t, w);
 }
 
-// scores [vectors, T] = q · k_t, with -inf for what is not seen.
-void score(const Shape& shape, const Task& task, const Block& block, const Workspace& w) {
+// scores [vectors, T] = q · k_t, from codes in registers.
+void multiply_keys(const Shape& shape, const Task& task, const Block& block, const Workspace& w) {
   const Segment& s = *task.part->segment;
   const Side& k = s.k;
   const int vectors = task.end - task.first, d = shape.head_dim;
@@ -55,7 +54,7 @@ void score(const Shape& shape, const Task& task, const Block& block, const Works
   } else if (integers) {
     const Matrix codes = {block.k, k.line_bytes, d, s.block, k.groups, block.ahead * k.block_bytes};
     integer_across(k.kind, codes, d, w.rounded, vectors, w.scores, w.ld_t, false);
-  } else if (k.by_channel && in_registers(k, s.block, vectors)) {
+  } else if (k.by_channel) {
     fold(k, w.q, vectors, d, w.ld_d, w, has_zero, w.folded);
     const int width = s.block / k.groups;
     for (int m = 0; m < vectors; m++) {
@@ -63,17 +62,26 @@ void score(const Shape& shape, const Task& task, const Block& block, const Works
     }
     const Matrix codes = {block.k, k.line_bytes, d, s.block, k.groups, block.ahead * k.block_bytes, levels};
     across(k.kind, codes, d, w.folded, vectors, w.ld_d, int64_t(vectors) * w.ld_d, w.scores, w.ld_t);
-  } else if (!k.by_channel && in_registers(k, d, vectors)) {
+  } else {
     const Matrix codes = {block.k, k.line_bytes, block.count, d, k.groups, block.ahead * k.block_bytes, levels};
     along(k.kind, codes, w.q, vectors, w.ld_d, scaled ? w.scale : nullptr, w.ld_t, w.scores, w.ld_t, false);
     if (has_zero) add_zeros(k, w.q, vectors, d, w.ld_d, w.zero, block.count, w.ld_t, w.scores, w.ld_t);
+  }
+  add_repairs(k.repairs, block.id, block.count, s.block, d, true, vectors, w.q, w.ld_d, w.scores, w.ld_t, w);
+}
+
+// scores [vectors, T] = q · k_t, with -inf for what is not seen.
+void score(const Shape& shape, const Task& task, const Block& block, const Workspace& w) {
+  const Segment& s = *task.part->segment;
+  const int vectors = task.end - task.first, d = shape.head_dim;
+  if (in_registers(s.k, s.k.by_channel ? s.block : d, vectors)) {
+    multiply_keys(shape, task, block, w);
   } else {
-    restore_block(k, block.k, levels, block.count, d, s.block, false, has_zero, w);
+    restore(s.k, block.id, block.k, block.count, d, s.block, false, w);
     memset(w.scores, 0, sizeof(float) * vectors * w.ld_t);
     const Matrix numbers = {reinterpret_cast<uint8_t*>(w.scratch), int64_t(sizeof(float)) * w.ld_t, d, w.ld_t, 1};
     across(Kind::F32, numbers, d, w.q, vectors, w.ld_d, 0, w.scores, w.ld_t);
   }
-  add_repairs(k.repairs, block.id, block.count, s.block, d, true, vectors, w.q, w.ld_d, w.scores, w.ld_t, w);
   if (shape.softcap > 0) cap(shape.softcap, vectors, w.ld_t, w.scores);
   hide(shape, task, block, w.scores, w.ld_t);
 }
@@ -106,8 +114,8 @@ void soften(const Task& task, const Workspace& w, int num_blocks) {
   }
 }
 
-// out [vectors, D] += Σ_t p_t v_t
-void combine(const Shape& shape, const Task& task, const Block& block, const Workspace& w) {
+// out [vectors, D] += Σ_t p_t v_t, from codes in registers.
+void multiply_values(const Shape& shape, const Task& task, const Block& block, const Workspace& w) {
   const Segment& s = *task.part->segment;
   const Side& v = s.v;
   const int vectors = task.end - task.first, d = shape.head_dim;
@@ -116,12 +124,12 @@ void combine(const Shape& shape, const Task& task, const Block& block, const Wor
   const bool integers = v_in_integers(shape, s, vectors), scaled = v.scale_kind != ScaleKind::NONE;
   const bool has_zero = !integers && scaled && read_scales(v, block.id, lines, v.by_channel ? w.ld_d : w.ld_t, w.scale, w.zero);
   if (v.bands.used) {
-    combine_bands(v, block.v, block.id, block.ahead, s.block, block.count, vectors, task.out, w);
+    combine_bands(v, block.v, block.id, block.ahead, s.block, vectors, task.out, w);
     mend_entries(v.bands, block.id, d, false, vectors, w.scores, w.ld_t, task.out, w.ld_d);
   } else if (integers) {
     const Matrix codes = {block.v, v.line_bytes, s.block, d, v.groups, block.ahead * v.block_bytes};
     integer_across(v.kind, codes, rounded_up(block.count, 4), w.rounded, vectors, task.out, w.ld_d, true);
-  } else if (!v.by_channel && in_registers(v, d, vectors)) {
+  } else if (!v.by_channel) {
     const float* p = w.scores;
     if (scaled) {
       fold(v, w.scores, vectors, w.ld_t, w.ld_t, w, has_zero, w.folded);
@@ -134,16 +142,25 @@ void combine(const Shape& shape, const Task& task, const Block& block, const Wor
     }
     const Matrix codes = {block.v, v.line_bytes, block.count, d, v.groups, block.ahead * v.block_bytes, levels};
     across(v.kind, codes, block.count, p, vectors, w.ld_t, int64_t(vectors) * w.ld_t, task.out, w.ld_d);
-  } else if (v.by_channel && in_registers(v, s.block, vectors)) {
+  } else {
     const Matrix codes = {block.v, v.line_bytes, d, s.block, v.groups, block.ahead * v.block_bytes, levels};
     along(v.kind, codes, w.scores, vectors, w.ld_t, scaled ? w.scale : nullptr, w.ld_d, task.out, w.ld_d, true);
     if (has_zero) add_zeros(v, w.scores, vectors, s.block, w.ld_t, w.zero, d, w.ld_d, task.out, w.ld_d);
-  } else {
-    restore_block(v, block.v, levels, block.count, d, s.block, true, has_zero, w);
-    const Matrix numbers = {reinterpret_cast<uint8_t*>(w.scratch), int64_t(sizeof(float)) * w.ld_d, block.count, w.ld_d, 1};
-    across(Kind::F32, numbers, block.count, w.scores, vectors, w.ld_t, 0, task.out, w.ld_d);
   }
   add_repairs(v.repairs, block.id, block.count, s.block, d, false, vectors, w.scores, w.ld_t, task.out, w.ld_d, w);
+}
+
+// out [vectors, D] += Σ_t p_t v_t
+void combine(const Shape& shape, const Task& task, const Block& block, const Workspace& w) {
+  const Segment& s = *task.part->segment;
+  const int vectors = task.end - task.first, d = shape.head_dim;
+  if (in_registers(s.v, s.v.by_channel ? s.block : d, vectors)) {
+    multiply_values(shape, task, block, w);
+    return;
+  }
+  restore(s.v, block.id, block.v, block.count, d, s.block, true, w);
+  const Matrix numbers = {reinterpret_cast<uint8_t*>(w.scratch), int64_t(sizeof(float)) * w.ld_d, block.count, w.ld_d, 1};
+  across(Kind::F32, numbers, block.count, w.scores, vectors, w.ld_t, 0, task.out, w.ld_d);
 }
 
 void attend(const Shape& shape, const Task& task, float* workspace) {

@@ -34,33 +34,10 @@ Matrix lines_of(const Band& band, const uint8_t* codes, int block, int64_t ahead
   return {codes + band.offset, band.line_bytes, band.lines, block, 1, ahead, band.levels};
 }
 
-// The numbers of a block's channels with codes, one line after another.
-template <typename Take>
-void restore_bands(const Bands& side, const uint8_t* codes, int block, const Workspace& w, Take take) {
-  for (int b = 0; b < side.count; b++) {
-    const Band& band = side.bands[b];
-    const Matrix lines = lines_of(band, codes, block, 0);
-    for (int l = 0; l < band.lines; l++) {
-      const int channel = band.first + l;
-      convert(band.kind, lines.codes + l * lines.line_bytes, block, band.levels, w.line);
-      const float scale = w.scale[channel], zero = w.zero[channel];
-      for (int t = 0; t < block; t++) w.line[t] = w.line[t] * scale + zero;
-      take(channel);
-    }
-  }
-}
-
-// scores [vectors, T] = q · k_t
+// scores [vectors, T] = q · k_t, for up to kDirectVectors.
 void score_bands(const Side& k, const uint8_t* codes, int64_t id, int64_t ahead, int block, int vectors, const Workspace& w) {
   const Bands& side = k.bands;
   read_bands(side, id, w);
-  if (vectors > kDirectVectors) {
-    restore_bands(side, codes, block, w, [&](int c) { memcpy(w.scratch + int64_t(c) * w.ld_t, w.line, sizeof(float) * block); });
-    memset(w.scores, 0, sizeof(float) * vectors * w.ld_t);
-    const Matrix numbers = {reinterpret_cast<uint8_t*>(w.scratch), int64_t(sizeof(float)) * w.ld_t, side.channels, w.ld_t, 1};
-    across(Kind::F32, numbers, side.channels, w.q, vectors, w.ld_d, 0, w.scores, w.ld_t);
-    return;
-  }
   fold(k, w.q, vectors, w.ld_d, w.ld_d, w, true, w.folded);
   for (int m = 0; m < vectors; m++) {
     for (int t = 0; t < w.ld_t; t += W) store(w.scores + int64_t(m) * w.ld_t + t, all(w.sums[m]));
@@ -72,20 +49,11 @@ void score_bands(const Side& k, const uint8_t* codes, int64_t id, int64_t ahead,
   }
 }
 
-// out [vectors, D] += Σ_t p_t v_t
-void combine_bands(const Side& v, const uint8_t* codes, int64_t id, int64_t ahead, int block, int count, int vectors, float* out,
+// out [vectors, D] += Σ_t p_t v_t, for as many.
+void combine_bands(const Side& v, const uint8_t* codes, int64_t id, int64_t ahead, int block, int vectors, float* out,
                    const Workspace& w) {
   const Bands& side = v.bands;
   read_bands(side, id, w);
-  if (vectors > kDirectVectors) {
-    memset(w.scratch, 0, sizeof(float) * w.ld_d * block);
-    restore_bands(side, codes, block, w, [&](int c) {
-      for (int t = 0; t < block; t++) w.scratch[int64_t(t) * w.ld_d + c] = w.line[t];
-    });
-    const Matrix numbers = {reinterpret_cast<uint8_t*>(w.scratch), int64_t(sizeof(float)) * w.ld_d, count, w.ld_d, 1};
-    across(Kind::F32, numbers, count, w.scores, vectors, w.ld_t, 0, out, w.ld_d);
-    return;
-  }
   for (int b = 0; b < side.count; b++) {
     const Band& band = side.bands[b];
     const Matrix lines = lines_of(band, codes, block, ahead * v.block_bytes);

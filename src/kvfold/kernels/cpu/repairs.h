@@ -30,6 +30,10 @@ void add_low_rank(const uint16_t* inward, int n, const uint16_t* outward, int m,
   }
 }
 
+inline int place_at(const Repairs& a, int64_t i) {
+  return a.place_bytes == 1 ? a.place[i] : a.place[2 * i] | a.place[2 * i + 1] << 8;
+}
+
 // The first `lines` of a block's lines of numbers. scattered: to[place] += from[line] r; otherwise to[line] += from[place] r.
 void add_outliers(const Repairs& a, int64_t id, int lines_each, int lines, bool scattered, int vectors, const float* from, int ld_from, float* to,
                   int ld_to) {
@@ -38,8 +42,7 @@ void add_outliers(const Repairs& a, int64_t id, int lines_each, int lines, bool 
     for (int i = 0; i < a.outliers; i++) {
       const int64_t at = first + int64_t(l) * a.outliers + i;
       const float value = half_at(a.value + at);
-      int place = a.place[at * a.place_bytes];
-      if (a.place_bytes == 2) place |= a.place[at * 2 + 1] << 8;
+      const int place = place_at(a, at);
       const int target = scattered ? place : l, source = scattered ? l : place;
       for (int v = 0; v < vectors; v++) to[int64_t(v) * ld_to + target] += from[int64_t(v) * ld_from + source] * value;
     }
