@@ -242,19 +242,21 @@ def _check(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtyp
 
 
 def attend(
-    looks: Sequence[Look], slots: torch.Tensor, num_groups: int, softcap: float | None
+    looks: Sequence[Look], slots: torch.Tensor, num_groups: int, softcap: float | None, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over all segments together: `out [R, M, D] float32` and `lse [R, M] float32`.
 
     Args:
         slots: `[Q] long`, the slot of each query; M = num_groups * Q.
+        dtype: the model's own. Under bfloat16 more than 8 vectors may be multiplied in it, with sums in float32.
     """
     q = looks[0].q
     given = [_given(look, q.shape, slots, num_groups) for look in looks]
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:2])
     _native.choose(chosen())
-    _native.attend(given, *_sizes(q, num_groups), slots.data_ptr(), softcap or 0.0, out.data_ptr(), lse.data_ptr(), _threads())
+    sizes, in_bf16 = _sizes(q, num_groups), dtype == torch.bfloat16
+    _native.attend(given, *sizes, slots.data_ptr(), softcap or 0.0, in_bf16, out.data_ptr(), lse.data_ptr(), _threads())
     return out, lse
 
 
