@@ -163,7 +163,7 @@ void attend_many(const Shape& shape, const Task& task, float* workspace) {
       hide(shape, panel, block, w.scores, w.ld_t);
       Workspace of_panel = w;
       of_panel.totals += int64_t(first) * W;
-      soften(panel, of_panel, 1);
+      if (!panels.soften(panel, of_panel)) soften(panel, of_panel, 1);
       panels.combine(count, block.count, w, panel.out);
     }
   }

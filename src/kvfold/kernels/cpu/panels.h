@@ -2,7 +2,7 @@
 // the first cache beside them go through scores, softmax and sums before the next panel does.
 //
 // Numbers are floats; or, where the machine multiplies bfloat16 (vdpbf16ps) and the queries come from a model of that type, pairs
-// of bfloat16 with sums in float32, as flash attention does it: q, k, p and v are each rounded to the nearest, by 2^-9 of itself
+// of bfloat16 with sums in float32, as flash attention does it: q, k, p and v are each rounded to the nearest, by 2^-8 of itself
 // at most. A pair is two neighbours of the sum: channels of q and K, tokens of p and V. Keys and values that were cached in
 // bfloat16 lie so already, and are not rounded at all.
 #pragma once
@@ -129,6 +129,49 @@ void pair_product(const uint32_t* a, int vectors, int lda, const uint32_t* b, in
   for (; m < vectors; m++) pair_strip<1>(a + int64_t(m) * lda, lda, b, ldb, num_pairs, c + int64_t(m) * ldc, ldc, columns, add);
 }
 
+// 2^x for |x| <= 1/2, to 8e-5 of it: rounding to bfloat16 adds up to 4e-3.
+inline vf exp2_coarse(vf x) {
+  vf y = all(5.517166397e-2f);
+  y = y * x + 2.426111218e-1f;
+  y = y * x + 6.932609864e-1f;
+  return y * x + 9.999280736e-1f;
+}
+
+// A panel's scores [vectors, T] become probabilities, relative to the largest score so far, in pairs at the beginning of their own
+// line; what was added up before shrinks with it. N vectors of W at a time.
+template <int N>
+void soften_pairs(const Task& task, const Workspace& w) {
+  constexpr float log2e = 1.44269504088896341f;
+  for (int m = 0; m < task.end - task.first; m++) {
+    float *totals = w.totals + int64_t(m) * W, *scores = w.scores + int64_t(m) * w.ld_t;
+    vf tops = load(scores);
+    for (int t = W; t < w.ld_t; t += W) tops = larger(tops, load(scores + t));
+    if (any_larger(tops, task.top[m])) {
+      const float top = largest(tops), shrink = exp_negative(all(task.top[m] - top))[0];
+      float* out = task.out + int64_t(m) * w.ld_d;
+      for (int d = 0; d < w.ld_d; d += W) store(out + d, load(out + d) * shrink);
+      store(totals, load(totals) * shrink);
+      task.top[m] = top;
+    }
+    const vf least = all((task.top[m] < -1e38f ? -1e38f : task.top[m]) * log2e);
+    vf total = load(totals);
+    for (int t = 0; t < w.ld_t; t += N * W) {
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) {
+        const __m512 x = bits<__m512>(load(scores + t + j * W) * log2e - least);
+        const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT);
+        const __mmask16 stays = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-125.5f), _CMP_NLT_UQ);  // NaN stays
+        const __m512 fraction = bits<__m512>(exp2_coarse(bits<vf>(_mm512_sub_ps(x, whole))));
+        const __m512 p = _mm512_maskz_scalef_ps(stays, fraction, whole);
+        total += bits<vf>(p);
+        const __m256bh rounded = _mm512_cvtneps_pbh(p);
+        memcpy(scores + (t + j * W) / 2, &rounded, sizeof(rounded));
+      }
+    }
+    store(totals, total);
+  }
+}
+
 constexpr bool kHasPairs = true;
 
 #else
@@ -141,7 +184,7 @@ constexpr bool kHasPairs = false;
 struct Panels {
   bool in_pairs;
   float* values;  // [T, ld_d]; K's numbers, [D, ld_t], are in the workspace's scratch
-  uint32_t *q, *k, *v, *p;
+  uint32_t *q, *k, *v;
   int64_t size;  // in floats
 
   Panels(const Shape& shape, const Workspace& w, int vectors, float* at) : in_pairs(kHasPairs && shape.in_bf16) {
@@ -156,7 +199,6 @@ struct Panels {
     q = words(int64_t(vectors) * w.ld_d / 2);
     k = words(int64_t(w.ld_d) / 2 * w.ld_t);
     v = words(int64_t(w.ld_t) / 2 * w.ld_d);
-    p = words(int64_t(kPanel) * w.ld_t / 2);
     size = next - at;
   }
 
@@ -207,12 +249,23 @@ struct Panels {
     across(Kind::F32, numbers, head_dim, w.q + int64_t(first) * w.ld_d, vectors, w.ld_d, 0, w.scores, w.ld_t);
   }
 
-  // out [vectors, D] += Σ_t p_t v_t, over w.scores
+  // Whether scores became probabilities here; else `soften` of the kernels does it.
+  bool soften([[maybe_unused]] const Task& panel, [[maybe_unused]] const Workspace& w) const {
+#if defined(__AVX512BF16__)
+    if (in_pairs) {
+      w.ld_t % (4 * W) ? soften_pairs<1>(panel, w) : soften_pairs<4>(panel, w);
+      return true;
+    }
+#endif
+    return false;
+  }
+
+  // out [vectors, D] += Σ_t p_t v_t
   void combine(int vectors, int count, const Workspace& w, float* out) const {
 #if defined(__AVX512BF16__)
     if (in_pairs) {
-      round_pairs(w.scores, int64_t(vectors) * w.ld_t, p);
-      pair_product(p, vectors, w.ld_t / 2, v, w.ld_d, (count + 1) / 2, out, w.ld_d, w.ld_d, true);
+      const uint32_t* p = reinterpret_cast<const uint32_t*>(w.scores);
+      pair_product(p, vectors, w.ld_t, v, w.ld_d, (count + 1) / 2, out, w.ld_d, w.ld_d, true);
       return;
     }
 #endif
