@@ -1,8 +1,8 @@
 """Attention on the CPU, in C++: codes are multiplied as they lie in memory, with as many threads as torch uses.
 
 What reaches the compiled code is checked here: types, devices, shapes and strides that it does not expect raise ValueError.
-The instruction set is the best that the machine has; KVFOLD_CPU=avx512, avx2 or portable chooses another, KVFOLD_CPU=off
-none: attention then runs on the reference.
+The instruction set is the best that the machine has; KVFOLD_CPU=avx512, avx2 or portable (`available`
+has all) chooses another, KVFOLD_CPU=off none: attention then runs on the reference.
 """
 
 import functools
