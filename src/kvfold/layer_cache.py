@@ -7,6 +7,7 @@ that its own queries were to see. Everything that the layer holds is in three se
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -70,6 +71,7 @@ class LayerCache(HeldLayer):
             num_groups=groups,
             first_visible=self._first_visible(slots, ranks, padding),
             softcap=softcap,
+            dtype=q.dtype,
         )
         if not self.looks_back:
             chunk = self._fill_sinks(chunk)
@@ -172,7 +174,7 @@ class LayerCache(HeldLayer):
             gone = (ranks + 1 - self.eviction.allowed(ranks + 1)).clamp_min(0)
             by_query = q.view(len(self.num_real), -1, len(query.slots), q.shape[-1])
             q = self.rope.rotate(by_query, -gone[:, None]).view_as(q)
-        return Query(q, query.slots, query.num_groups, None, query.softcap)
+        return replace(query, q=q, first_visible=None)
 
     # -- applying the plan -----------------------------------------------------------------------------------------------
 

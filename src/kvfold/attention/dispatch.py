@@ -73,7 +73,7 @@ def attend(looks: Sequence[tuple[Attended, Query]]) -> Partial:
     if family and located:
         first = located[0][1]
         given = [_look(family, place, query) for place, query in located]
-        partials.append(Partial(*family.attend(given, first.slots, first.num_groups, first.softcap)))
+        partials.append(Partial(*family.attend(given, first.slots, first.num_groups, first.softcap, first.dtype)))
     return merge(partials)
 
 

@@ -25,6 +25,7 @@ class Query:
         num_groups: G, query heads a KV head.
         first_visible: `[R, Q] long` or None: tokens in earlier slots are not seen (a strict window).
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
+        dtype: the model's own: kernels may round to it what they multiply. The reference never does.
     """
 
     q: torch.Tensor
@@ -32,6 +33,7 @@ class Query:
     num_groups: int
     first_visible: torch.Tensor | None = None
     softcap: float | None = None
+    dtype: torch.dtype = torch.float32
 
     def last(self, num_queries: int) -> "Query":
         """The last `num_queries` queries only."""

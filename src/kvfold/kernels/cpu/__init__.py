@@ -1,8 +1,8 @@
 """Attention on the CPU, in C++: codes are multiplied as they lie in memory, with as many threads as torch uses.
 
 What reaches the compiled code is checked here: types, devices, shapes and strides that it does not expect raise ValueError.
-The instruction set is the best that the machine has; KVFOLD_CPU=avx512, avx2 or portable chooses another, KVFOLD_CPU=off
-none: attention then runs on the reference.
+The instruction set is the best that the machine has; KVFOLD_CPU=avx512, avx2 or portable (`available`
+has all) chooses another, KVFOLD_CPU=off none: attention then runs on the reference.
 """
 
 import functools
@@ -134,19 +134,21 @@ def describe_run(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> Descr
 
 
 def attend(
-    looks: Sequence[Look], slots: torch.Tensor, num_groups: int, softcap: float | None
+    looks: Sequence[Look], slots: torch.Tensor, num_groups: int, softcap: float | None, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over all segments together: `out [R, M, D] float32` and `lse [R, M] float32`.
 
     Args:
         slots: `[Q] long`, the slot of each query; M = num_groups * Q.
+        dtype: the model's own. Under bfloat16 more than 8 vectors may be multiplied in it, with sums in float32.
     """
     q = looks[0].q
     given = [_given(look, q.shape, slots, num_groups) for look in looks]
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:2])
     _native.choose(chosen())
-    _native.attend(given, *_sizes(q, num_groups), slots.data_ptr(), softcap or 0.0, out.data_ptr(), lse.data_ptr(), _threads())
+    sizes, in_bf16 = _sizes(q, num_groups), dtype == torch.bfloat16
+    _native.attend(given, *sizes, slots.data_ptr(), softcap or 0.0, in_bf16, out.data_ptr(), lse.data_ptr(), _threads())
     return out, lse
 
 

@@ -89,6 +89,7 @@ struct Shape {
   int rows, groups, queries, head_dim;  // M = groups * queries, the group's heads first
   const int64_t* query_slots;           // [Q]
   float softcap;                        // 0: none
+  bool in_bf16 = false;                 // many vectors may be multiplied in bfloat16: the model's own type
 };
 
 // Columns [first_column, end_column) of one row, for the vectors [first, end) of M.
@@ -121,6 +122,7 @@ extern const Kernels kPortable;
 extern const Kernels kAvx2;
 extern const Kernels kAvxVnni;  // defined where the compiler knows it: KVFOLD_AVXVNNI
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;  // as well: KVFOLD_AVX512BF16
 #endif
 
 constexpr int kStrip = 192;       // vectors that a task takes at once

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "encoding.h"
-#include "restore.h"
+#include "panels.h"
 #include "visible.h"
 
 namespace kvfold {
@@ -163,8 +163,48 @@ void combine(const Shape& shape, const Task& task, const Block& block, const Wor
   across(Kind::F32, numbers, block.count, w.scores, vectors, w.ld_t, 0, task.out, w.ld_d);
 }
 
+// More vectors than codes are converted for in registers.
+void attend_many(const Shape& shape, const Task& task, float* workspace) {
+  const Segment& s = *task.part->segment;
+  const int vectors = task.end - task.first, d = shape.head_dim;
+  const Workspace w(shape, *task.part, vectors, workspace);
+  const Panels panels(shape, w, vectors, workspace + w.size);
+  memset(task.out, 0, sizeof(float) * vectors * w.ld_d);
+  memset(w.totals, 0, sizeof(float) * vectors * W);
+  for (int m = 0; m < vectors; m++) task.top[m] = kLowest;
+  load_queries(shape, task, w);
+  panels.take_queries(w, vectors);
+  for (int column = task.first_column; column < task.end_column; column++) {
+    Block block;
+    if (!find_block(*task.part, task.row, column, block) || nothing_seen(shape, task, block)) continue;
+    panels.take_keys(s.k, block.id, block.k, block.count, d, s.block, w);
+    panels.take_values(s.v, block.id, block.v, block.count, d, s.block, w);
+    for (int first = 0; first < vectors; first += kPanel) {
+      Task panel = task;
+      panel.first = task.first + first;
+      panel.end = panel.first + kPanel < task.end ? panel.first + kPanel : task.end;
+      panel.out = task.out + int64_t(first) * w.ld_d;
+      panel.top = task.top + first;
+      if (nothing_seen(shape, panel, block)) continue;
+      const int count = panel.end - panel.first;
+      panels.score(first, count, d, w);
+      if (shape.softcap > 0) cap(shape.softcap, count, w.ld_t, w.scores);
+      hide(shape, panel, block, w.scores, w.ld_t);
+      Workspace of_panel = w;
+      of_panel.totals += int64_t(first) * W;
+      if (!panels.soften(panel, of_panel)) soften(panel, of_panel, 1);
+      panels.combine(count, block.count, w, panel.out);
+    }
+  }
+  for (int m = 0; m < vectors; m++) task.total[m] = sum(load(w.totals + int64_t(m) * W));
+}
+
 void attend(const Shape& shape, const Task& task, float* workspace) {
   const int vectors = task.end - task.first;
+  if (vectors > kDirectVectors) {
+    attend_many(shape, task, workspace);
+    return;
+  }
   const Workspace w(shape, *task.part, vectors, workspace);
   memset(task.out, 0, sizeof(float) * vectors * w.ld_d);
   memset(w.totals, 0, sizeof(float) * vectors * W);
@@ -273,7 +313,8 @@ void mass(const Shape& shape, const Task& whole, const float* lse, float* receiv
 
 int64_t workspace(const Shape& shape, const Part& part, int vectors) {
   const int64_t merging = int64_t(vectors) * (3 * rounded_up(shape.head_dim, W) + 4);
-  const int64_t attending = Workspace(shape, part, vectors, nullptr).size;
+  const Workspace few(shape, part, vectors, nullptr);
+  const int64_t attending = few.size + (vectors > kDirectVectors ? Panels(shape, few, vectors, nullptr).size : 0);
   return attending > merging ? attending : merging;
 }
 

@@ -104,8 +104,8 @@ Look look(nb::handle given) {
   return result;
 }
 
-void attend(nb::list given, int rows, int groups, int queries, int head_dim, uintptr_t query_slots, float softcap, uintptr_t out,
-            uintptr_t lse, int num_threads) {
+void attend(nb::list given, int rows, int groups, int queries, int head_dim, uintptr_t query_slots, float softcap, bool in_bf16,
+            uintptr_t out, uintptr_t lse, int num_threads) {
   std::vector<Look> looks;
   for (nb::handle one : given) looks.push_back(look(one));
   std::vector<Part> parts;
@@ -116,8 +116,8 @@ void attend(nb::list given, int rows, int groups, int queries, int head_dim, uin
     parts.push_back(one.part);
   }
   nb::gil_scoped_release release;
-  kvfold::attend({rows, groups, queries, head_dim, pointer<int64_t>(query_slots), softcap}, parts, reinterpret_cast<float*>(out),
-                 reinterpret_cast<float*>(lse), num_threads);
+  kvfold::attend({rows, groups, queries, head_dim, pointer<int64_t>(query_slots), softcap, in_bf16}, parts,
+                 reinterpret_cast<float*>(out), reinterpret_cast<float*>(lse), num_threads);
 }
 
 void mass(nb::handle given, int rows, int groups, int queries, int head_dim, uintptr_t query_slots, float softcap, uintptr_t lse,

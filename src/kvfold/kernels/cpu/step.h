@@ -68,6 +68,7 @@ extern const StepKernels kPortableStep;
 extern const StepKernels kAvx2Step;
 extern const StepKernels kAvxVnniStep;  // defined where the compiler knows it: KVFOLD_AVXVNNI
 extern const StepKernels kAvx512Step;
+extern const StepKernels kAvx512Bf16Step;  // as well: KVFOLD_AVX512BF16
 #endif
 
 }  // namespace kvfold

@@ -64,8 +64,21 @@ void load_numbers(Number number, const void* from, int64_t count, float* to) {
   for (; i < count; i++) to[i] = one_number(number, from, i);
 }
 
+typedef uint16_t words_of_vector __attribute__((vector_size(W * 2)));
+
+inline words_of_vector to_bf16(vf x) {
+  const vu b = bits<vu>(x), rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+  const vu is_nan = bits<vu>((b & 0x7fffffffu) > vu{} + 0x7f800000u);
+  return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), words_of_vector);
+}
+
 void save_numbers(Number number, const float* from, int64_t count, void* to) {
-  for (int64_t i = 0; i < count; i++) put_number(number, from[i], to, i);
+  int64_t i = 0;
+  for (; number == Number::BF16 && i + W <= count; i += W) {
+    const words_of_vector words = to_bf16(load(from + i));
+    memcpy(static_cast<uint16_t*>(to) + i, &words, sizeof(words));
+  }
+  for (; i < count; i++) put_number(number, from[i], to, i);
 }
 
 void normalize(const Norm& norm, const float* x, int count, float* y) {

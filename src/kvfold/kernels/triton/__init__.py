@@ -279,12 +279,13 @@ def _encodes(codec: TensorCodec, block: int, head_dim: int) -> bool:
 
 
 def attend(
-    looks: Sequence[Look], slots: torch.Tensor, num_groups: int, softcap: float | None
+    looks: Sequence[Look], slots: torch.Tensor, num_groups: int, softcap: float | None, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over all segments together: `out [R, M, D] float32` and `lse [R, M] float32`.
 
     Args:
         slots: `[Q] long`, the slot of each query; M = num_groups * Q.
+        dtype: the model's own; products here depend on the segments' types alone.
     """
     from kvfold.kernels.triton.launch import attend
 
