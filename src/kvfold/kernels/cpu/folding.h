@@ -17,8 +17,9 @@ struct Workspace {
   float *q, *folded, *scores, *totals, *scale, *zero, *sums, *scratch, *line;
   Rounded rounded;
   int64_t size, scores_each, rows_each, steps_each;  // `each`: of one block of a batch
+  int64_t q_each, totals_each;                       // of one row
 
-  Workspace(const Shape& shape, const Part& part, int vectors, float* at) {
+  Workspace(const Shape& shape, const Part& part, int vectors, int num_rows, float* at) {
     const Side &k = part.segment->k, &v = part.segment->v;
     head_dim = shape.head_dim;
     ld_d = rounded_up(head_dim, W);
@@ -30,12 +31,14 @@ struct Workspace {
       p += (n + 15) / 16 * 16;  // whole cache lines
       return taken;
     };
-    q = take(int64_t(vectors) * ld_d);
+    q_each = int64_t(vectors) * ld_d;
+    q = take(q_each * num_rows);
     folded = take(kDirectVectors * longest * groups);
     const int batch = batch_of(vectors);
     scores_each = int64_t(vectors) * ld_t;
     scores = take(scores_each * batch);
-    totals = take(int64_t(vectors) * W);
+    totals_each = int64_t(vectors) * W;
+    totals = take(totals_each * num_rows);
     scale = take(longest * groups);
     zero = take(longest * groups);
     sums = take(kDirectVectors * groups);
@@ -50,9 +53,11 @@ struct Workspace {
     size = p - at;
   }
 
-  // With the scores and the rounded vectors of block b of a batch.
-  Workspace of(int b) const {
+  // With the scores and the rounded vectors of block b of a batch, which belongs to a row.
+  Workspace of(int b, int row) const {
     Workspace w = *this;
+    w.q += row * q_each;
+    w.totals += row * totals_each;
     w.scores += b * scores_each;
     w.rounded.rows += b * rows_each * sizeof(float);
     w.rounded.step += b * steps_each;
