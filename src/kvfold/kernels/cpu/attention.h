@@ -83,8 +83,10 @@ extern const Kernels kAvx512;
 #endif
 
 constexpr int kStrip = 192;       // vectors that a task takes at once
-constexpr int kRows = 8;          // rows that a task takes at once: neighbours in a pool, as their tokens come together
+constexpr int kRows = 8;          // rows that a task of few vectors takes at once: neighbours in a pool, as their tokens come together
 constexpr int kDirectVectors = 8; // up to so many, codes are converted in registers; beyond, once for all vectors
+
+constexpr int rows_together(int vectors) { return vectors <= kDirectVectors ? kRows : 1; }
 
 inline int rounded_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 

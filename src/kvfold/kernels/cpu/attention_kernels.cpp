@@ -155,11 +155,14 @@ void attend(const Shape& shape, const Task& task, float* workspace) {
   Task rows[kRows];
   for (int r = 0; r < task.num_rows; r++) {
     rows[r] = row_of(task, r, w.ld_d);
-    load_queries(shape, rows[r], w.of(0, r));
+    load_queries(shape, rows[r], w.q + r * w.q_each, w.ld_d);
   }
   memset(task.out, 0, sizeof(float) * task.num_rows * vectors * w.ld_d);
   memset(w.totals, 0, sizeof(float) * task.num_rows * vectors * W);
   for (int i = 0; i < task.num_rows * vectors; i++) task.top[i] = kLowest;
+  Workspace views[] = {w, w, w, w};
+  static_assert(sizeof(views) / sizeof(w) == kBatch);
+  for (int b = 1; b < batch; b++) views[b] = w.of(b);
   for (int place = 0; place < places;) {
     Block blocks[kBatch];
     int n = 0;
@@ -169,20 +172,19 @@ void attend(const Shape& shape, const Task& task, float* workspace) {
       block.row = at.row;
       if (!find_block(*task.part, rows[at.row].row, at.column, block) || nothing_seen(shape, rows[at.row], block)) continue;
       block.ahead = next_block(task, place, batch, block);
+      views[n].q = w.q + at.row * w.q_each;
+      views[n].totals = w.totals + at.row * w.totals_each;
       n++;
     }
-    for (int b = 0; b < n; b++) {
-      const Workspace one = w.of(b, blocks[b].row);
-      if (round_q) round_queries(segment, blocks[b], vectors, one);
-      score(shape, rows[blocks[b].row], blocks[b], one);
-      raise(rows[blocks[b].row], one);
-    }
-    for (int b = 0; b < n; b++) {
-      const Workspace one = w.of(b, blocks[b].row);
-      soften(rows[blocks[b].row], one);
-      if (round_p) round_probabilities(segment, blocks[b], vectors, one);
-    }
-    for (int b = 0; b < n; b++) combine(shape, rows[blocks[b].row], blocks[b], w.of(b, blocks[b].row));
+    const auto each = [&](auto stage) {
+      for (int b = 0; b < n; b++) stage(rows[blocks[b].row], blocks[b], views[b]);
+    };
+    if (round_q) each([&](const Task&, const Block& block, const Workspace& one) { round_queries(segment, block, vectors, one); });
+    each([&](const Task& row, const Block& block, const Workspace& one) { score(shape, row, block, one); });
+    each([&](const Task& row, const Block&, const Workspace& one) { raise(row, one); });
+    each([&](const Task& row, const Block&, const Workspace& one) { soften(row, one); });
+    if (round_p) each([&](const Task&, const Block& block, const Workspace& one) { round_probabilities(segment, block, vectors, one); });
+    each([&](const Task& row, const Block& block, const Workspace& one) { combine(shape, row, block, one); });
   }
   for (int i = 0; i < task.num_rows * vectors; i++) task.total[i] = sum(load(w.totals + int64_t(i) * W));
 }
@@ -251,7 +253,7 @@ void mass(const Shape& shape, const Task& whole, const float* lse, float* receiv
   for (task.first = 0; task.first < num_vectors; task.first += kStrip) {
     task.end = task.first + kStrip < num_vectors ? task.first + kStrip : num_vectors;
     const Workspace w(shape, *task.part, task.end - task.first, 1, workspace);
-    load_queries(shape, task, w);
+    load_queries(shape, task, w.q, w.ld_d);
     for (int column = task.first_column; column < task.end_column; column++) {
       Block block;
       if (!find_block(*task.part, task.row, column, block) || nothing_seen(shape, task, block)) continue;
@@ -270,7 +272,8 @@ void mass(const Shape& shape, const Task& whole, const float* lse, float* receiv
 
 int64_t workspace(const Shape& shape, const Part& part, int vectors) {
   const int64_t merging = int64_t(vectors) * (3 * rounded_up(shape.head_dim, W) + 4);
-  const int64_t attending = Workspace(shape, part, vectors, shape.rows < kRows ? shape.rows : kRows, nullptr).size;
+  const int num_rows = shape.rows < rows_together(vectors) ? shape.rows : rows_together(vectors);
+  const int64_t attending = Workspace(shape, part, vectors, num_rows, nullptr).size;
   return attending > merging ? attending : merging;
 }
 

@@ -12,9 +12,10 @@
 namespace kvfold {
 namespace {
 
-constexpr int kTasksPerThread = 4;  // so that threads of unequal speed end together
+constexpr int kTasksPerThread = 2;  // so that threads of unequal speed end together; each begins with codes that nobody asked for
 constexpr int kTokensPerPiece = 64; // of encoding
-constexpr int kLeastColumns = 4;    // blocks a task, below which sharing costs more than it gives
+// Blocks a task, below which sharing costs more than it gives.
+constexpr int least_blocks(int vectors) { return vectors <= kDirectVectors ? 12 : 4; }
 
 const Kernels*& chosen() {
   static const Kernels* current = nullptr;
@@ -69,10 +70,10 @@ int64_t most_scratch(const Shape& shape, const std::vector<Part>& parts, int vec
   return most;
 }
 
-int columns_per_task(int64_t all_columns, int num_threads) {
+int columns_per_task(int64_t all_columns, int num_threads, int least) {
   if (num_threads == 1) return 1 << 30;
   const int64_t share = (all_columns + num_threads * kTasksPerThread - 1) / (num_threads * kTasksPerThread);
-  return int(std::max<int64_t>(share, kLeastColumns));
+  return int(std::max<int64_t>(share, least));
 }
 
 }  // namespace
@@ -104,10 +105,10 @@ void attend(const Shape& shape, const std::vector<Part>& parts, float* out, floa
   const int num_strips = (num_vectors + strip - 1) / strip;
   int64_t all_columns = 0;
   for (const Part& part : parts) all_columns += int64_t(part.segment->columns) * shape.rows * num_strips;
-  const int span = columns_per_task(all_columns, num_threads);
+  const int least = least_blocks(num_vectors), span = columns_per_task(all_columns, num_threads, least);
 
   // In the order of (rows, strip), then part: what is merged together lies together.
-  const int rows_each = num_vectors <= kDirectVectors ? kRows : 1;
+  const int rows_each = rows_together(num_vectors);
   std::vector<Task> tasks;
   std::vector<int> ends;
   for (int row = 0; row < shape.rows; row += rows_each) {
@@ -140,7 +141,7 @@ void attend(const Shape& shape, const std::vector<Part>& parts, float* out, floa
     tasks[i].total = tasks[i].top + vectors_each;
   }
   const int64_t needed = most_scratch(shape, parts, strip);
-  const int worth = all_columns >= 2 * kLeastColumns ? num_threads : 1;
+  const int worth = all_columns >= 2 * least ? num_threads : 1;
   parallel_for(int(tasks.size()), worth, [&](int i, int) { k.attend(shape, tasks[i], scratch(needed)); });
 
   const bool small = int64_t(shape.rows) * num_vectors * tasks.size() < 4096;
@@ -158,7 +159,7 @@ void mass(const Shape& shape, const Part& part, const float* lse, float* receive
   const Kernels& k = kernels();
   const Segment& s = *part.segment;
   std::memset(received, 0, sizeof(float) * shape.rows * shape.groups * s.width);
-  const int span = columns_per_task(int64_t(s.columns) * shape.rows, num_threads);
+  const int span = columns_per_task(int64_t(s.columns) * shape.rows, num_threads, least_blocks(shape.groups * shape.queries));
   std::vector<Task> tasks;
   for (int row = 0; row < shape.rows; row++) {
     for (int column = 0; column < s.columns; column += std::min(span, s.columns)) {

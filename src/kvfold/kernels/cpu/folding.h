@@ -53,11 +53,9 @@ struct Workspace {
     size = p - at;
   }
 
-  // With the scores and the rounded vectors of block b of a batch, which belongs to a row.
-  Workspace of(int b, int row) const {
+  // With the scores and the rounded vectors of block b of a batch.
+  Workspace of(int b) const {
     Workspace w = *this;
-    w.q += row * q_each;
-    w.totals += row * totals_each;
     w.scores += b * scores_each;
     w.rounded.rows += b * rows_each * sizeof(float);
     w.rounded.step += b * steps_each;
@@ -107,16 +105,11 @@ inline float middle_of(Kind kind) { return kind == Kind::I8 ? 127.5f : kind == K
 
 // `vectors` of x [vectors, ld] times the scales of a block, in integers, for every group.
 void round_folded(const Side& side, const float* x, int vectors, int ld, const Workspace& w) {
-  const float middle = middle_of(side.kind);
+  const auto round = side.kind == Kind::I8 ? side.zero ? round_vectors<2, true> : round_vectors<2, false>
+                                           : side.zero ? round_vectors<1, true> : round_vectors<1, false>;
   for (int g = 0; g < side.groups; g++) {
-    const float* scale = w.scale + int64_t(g) * ld;
-    float* centre = side.zero ? w.zero + int64_t(g) * ld : nullptr;
-    for (int i = 0; centre && i < ld; i += W) store(centre + i, load(centre + i) + load(scale + i) * middle);
-    if (side.kind == Kind::I8) {
-      round_vectors<2>(x, vectors, ld, scale, centre, middle, w.rounded, g);
-    } else {
-      round_vectors<1>(x, vectors, ld, scale, centre, middle, w.rounded, g);
-    }
+    const float *scale = w.scale + int64_t(g) * ld, *zero = side.zero ? w.zero + int64_t(g) * ld : nullptr;
+    round(x, vectors, ld, scale, zero, middle_of(side.kind), w.rounded, g);
   }
 }
 
@@ -219,15 +212,16 @@ void rotate(const float* from, int ld_from, const float* matrix, bool transposed
   }
 }
 
-void load_queries(const Shape& shape, const Task& task, const Workspace& w) {
+// to [vectors, ld]: the queries of a task of one row.
+void load_queries(const Shape& shape, const Task& task, float* to, int ld) {
   const int vectors = task.end - task.first, d = shape.head_dim;
   const float* q = task.part->q + (int64_t(task.row) * shape.groups * shape.queries + task.first) * d;
-  memset(w.q, 0, sizeof(float) * vectors * w.ld_d);
+  memset(to, 0, sizeof(float) * vectors * ld);
   if (const float* matrix = task.part->segment->k.rotation) {
-    rotate(q, d, matrix, false, vectors, d, w.q, w.ld_d);
+    rotate(q, d, matrix, false, vectors, d, to, ld);
     return;
   }
-  for (int m = 0; m < vectors; m++) memcpy(w.q + int64_t(m) * w.ld_d, q + int64_t(m) * d, sizeof(float) * d);
+  for (int m = 0; m < vectors; m++) memcpy(to + int64_t(m) * ld, q + int64_t(m) * d, sizeof(float) * d);
 }
 
 }  // namespace
