@@ -72,7 +72,7 @@ void score(const Shape& shape, const Task& task, const Block& block, const Works
 }
 
 // Takes the scores of a block into account for the largest score so far; what was added up before shrinks with it.
-void raise(const Task& task, const Workspace& w) {
+void raise_top(const Task& task, const Workspace& w) {
   for (int m = 0; m < task.end - task.first; m++) {
     const float* scores = w.scores + int64_t(m) * w.ld_t;
     vf tops = load(scores);
@@ -147,6 +147,20 @@ Task row_of(const Task& task, int row, int ld_d) {
   return one;
 }
 
+// The next blocks of a task that its queries see, up to `batch` of them, from `place` on; returns how many.
+int gather(const Shape& shape, const Task& task, const Task* rows, int batch, int& place, Block* blocks) {
+  int n = 0;
+  for (const int places = num_places(task); n < batch && place < places; place++) {
+    const Place at = place_of(task, place);
+    Block& block = blocks[n];
+    block.row = at.row;
+    if (!find_block(*task.part, rows[at.row].row, at.column, block) || nothing_seen(shape, rows[at.row], block)) continue;
+    block.ahead = next_block(task, place, batch, block);
+    n++;
+  }
+  return n;
+}
+
 void attend(const Shape& shape, const Task& task, float* workspace) {
   const int vectors = task.end - task.first, places = num_places(task), batch = batch_of(vectors);
   const Workspace w(shape, *task.part, vectors, task.num_rows, workspace);
@@ -165,23 +179,18 @@ void attend(const Shape& shape, const Task& task, float* workspace) {
   for (int b = 1; b < batch; b++) views[b] = w.of(b);
   for (int place = 0; place < places;) {
     Block blocks[kBatch];
-    int n = 0;
-    for (; n < batch && place < places; place++) {
-      const Place at = place_of(task, place);
-      Block& block = blocks[n];
-      block.row = at.row;
-      if (!find_block(*task.part, rows[at.row].row, at.column, block) || nothing_seen(shape, rows[at.row], block)) continue;
-      block.ahead = next_block(task, place, batch, block);
-      views[n].q = w.q + at.row * w.q_each;
-      views[n].totals = w.totals + at.row * w.totals_each;
-      n++;
+    const int n = gather(shape, task, rows, batch, place, blocks);
+    for (int b = 0; b < n; b++) {
+      views[b].q = w.q + blocks[b].row * w.q_each;
+      views[b].totals = w.totals + blocks[b].row * w.totals_each;
     }
+    // Stage by stage: a stage of one block is a chain of dependent instructions, and the blocks' chains don't depend on each other.
     const auto each = [&](auto stage) {
       for (int b = 0; b < n; b++) stage(rows[blocks[b].row], blocks[b], views[b]);
     };
     if (round_q) each([&](const Task&, const Block& block, const Workspace& one) { round_queries(segment, block, vectors, one); });
     each([&](const Task& row, const Block& block, const Workspace& one) { score(shape, row, block, one); });
-    each([&](const Task& row, const Block&, const Workspace& one) { raise(row, one); });
+    each([&](const Task& row, const Block&, const Workspace& one) { raise_top(row, one); });
     each([&](const Task& row, const Block&, const Workspace& one) { soften(row, one); });
     if (round_p) each([&](const Task&, const Block& block, const Workspace& one) { round_probabilities(segment, block, vectors, one); });
     each([&](const Task& row, const Block& block, const Workspace& one) { combine(shape, row, block, one); });
