@@ -120,6 +120,22 @@ def test_a_pyramid_of_bytes_is_not_exceeded(store: str) -> None:
     assert lengths[0] > lengths[-1]
 
 
+@settings(max_examples=12)
+@given(
+    store=st.sampled_from(["dense", "int8", "int4", "turboquant(3)"]),
+    kibibytes=st.integers(140, 400),
+    batch=st.integers(1, 2),
+    policy=st.sampled_from(["h2o", "snapkv", "keydiff"]),
+)
+def test_bytes_that_heads_share_are_not_exceeded(store: str, kibibytes: int, batch: int, policy: str) -> None:
+    model = sharp_model()
+    cache = kvfold.cache(model, f"{policy}({kibibytes}KiB, heads=ada) | {store}")
+    for step in range(3):
+        with torch.no_grad():
+            model(tokens(batch, 200, seed=step), past_key_values=cache)
+        assert held_bytes(list(cache.layers), but=model) <= kibibytes * 1024
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -257,7 +257,10 @@ def test_info(run: Kvfold, tmp_path: Path) -> None:
 
 
 def test_version(run: Kvfold) -> None:
-    assert run("--version").out == f"kvfold {kvfold.__version__}\n"
+    said = f"kvfold {kvfold.__version__}\n"
+    assert run("--version").out == said
+    command = [sys.executable, "-m", "kvfold", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == said
 
 
 def test_help_loads_no_torch() -> None:

@@ -190,6 +190,8 @@ def test_packed_models_copy_and_have_a_mark_of_their_own() -> None:
         assert torch.equal(other(ids).logits, model(ids).logits)
     assert cache.fingerprint["weights"] != dense_mark
     assert kvfold.cache(other, "full").fingerprint == cache.fingerprint
+    with pytest.raises(ModelError, match="not saved: save the model as it was"):
+        other.save_pretrained("anywhere")
 
 
 def test_a_model_without_suitable_layers_is_refused() -> None:

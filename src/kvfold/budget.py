@@ -110,6 +110,15 @@ class Cost:
             raise PlanError(f"{budget} is too little for this plan: it needs {least / 2**20:.1f}MiB at least")
         return blocks
 
+    def tokens(self, blocks: int, num_heads: int, heads: HeadSplit) -> int:
+        """Tokens that a row may hold in its share of so many blocks a row.
+
+        Where heads share, T tokens of a sequence take at most (T + H (block - 1)) / block blocks, as the last block of each
+        head may hold a single token: so many fewer tokens keep H heads within their H * blocks, however they are shared.
+        """
+        spare = 0 if heads == "uniform" else math.ceil((num_heads - 1) * (self.block - 1) / num_heads)
+        return blocks * self.block - spare
+
 
 # -- over layers -------------------------------------------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ class Eviction:
             blocks = cost.blocks(budget)
             if split != UNIFORM:
                 blocks = split_over_layers(blocks, 1, blocks * num_layers, split, num_layers)[layer]
-            allowed = budget.tokens(num_real, sink + blocks * cost.block)
+            allowed = budget.tokens(num_real, sink + cost.tokens(blocks, self.num_heads, keep.heads))
             if pinned and sink + pinned >= allowed:
                 raise PlanError(
                     f"{budget} has room for {allowed} tokens of a sequence here: too few for {sink + pinned} pinned"

@@ -10,6 +10,7 @@ of the activations' type and go through an ordinary matrix product. The same in 
 where there are no compiled kernels.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -236,9 +237,16 @@ def quantize_linears(model: PreTrainedModel, form: str) -> None:
 
 
 def check_replaced(model: PreTrainedModel, form: str) -> None:
-    """ModelError when no layer of a model is packed."""
+    """ModelError when no layer of a model is packed. One that has some can't be saved: no other library reads its layers."""
     if not any(isinstance(m, PackedLinear) for m in model.modules()):
         raise ModelError(f"{type(model).__name__} has no linear layer that can be held as {form}: leave out --weights")
+    model.save_pretrained = functools.partial(_refuse_to_save, form)
+
+
+def _refuse_to_save(form: str, *_: object, **__: object) -> None:
+    raise ModelError(
+        f"packed weights ({form}) are not saved: save the model as it was, and give weights='{form}' to kvfold.load"
+    )
 
 
 def linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
