@@ -102,12 +102,15 @@ class BlockReader(Segment):
     def locate(self, head_dim: int) -> Located | None:
         pool = self.pool
         family = kernels.serving(pool.device.type)
-        if family is None or not pool.in_one_place or not pool.fields or not family.supports(self.codec):
+        if family is None or not pool.in_one_place or not pool.fields:
             return None
         mark = family, pool.mark()
         if self._described is None or self._described[0] != mark:
-            slots = pool.slots if pool.has_slots else None
-            self._described = mark, family.describe_blocks(self.codec, pool.fields, pool.table, slots, head_dim)
+            descriptor = None
+            if family.supports(self.codec):
+                slots = pool.slots if pool.has_slots else None
+                descriptor = family.describe_blocks(self.codec, pool.fields, pool.table, slots, head_dim)
+            self._described = mark, descriptor
         if self._described[1] is None:
             return None
         if self.starts is None:

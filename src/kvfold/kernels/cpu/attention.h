@@ -92,11 +92,11 @@ struct Shape {
   bool in_bf16 = false;                 // many vectors may be multiplied in bfloat16: the model's own type
 };
 
-// Columns [first_column, end_column) of one row, for the vectors [first, end) of M.
+// Columns [first_column, end_column) of `num_rows` rows from `row` on, for the vectors [first, end) of M.
 struct Task {
   const Part* part;
-  int row, first_column, end_column, first, end;
-  float *out, *top, *total;  // [end - first, padded D] not normalised, [end - first] twice
+  int row, num_rows, first_column, end_column, first, end;
+  float *out, *top, *total;  // [num_rows, end - first, padded D] not normalised, [num_rows, end - first] twice
 };
 
 struct Encoding;  // encoding.h
@@ -109,8 +109,8 @@ struct Kernels {
   int width;  // floats a vector
   int64_t (*workspace)(const Shape&, const Part&, int vectors);  // floats that a task needs
   void (*attend)(const Shape&, const Task&, float* workspace);
-  // Adds up the tasks of one row and the same vectors, in the order of their parts, into out [m, D] and lse [m].
-  void (*merge)(const Shape&, const Task* tasks, const int* which, int count, float* out, float* lse, float* workspace);
+  // Adds up what tasks found for one of their rows and the same vectors, in the order of their parts, into out [m, D] and lse [m].
+  void (*merge)(const Shape&, const Task* tasks, int count, int row, float* out, float* lse, float* workspace);
   // mass [R, G, width] += sum over queries of exp(score - lse), for a task's columns and all vectors; lse [R, M].
   void (*mass)(const Shape&, const Task&, const float* lse, float* mass, float* workspace);
   void (*encode)(const Encoding&, const uint8_t* x, int tokens, int head_dim, const Encoded& to, float* floats);
@@ -126,7 +126,10 @@ extern const Kernels kAvx512Bf16;  // as well: KVFOLD_AVX512BF16
 #endif
 
 constexpr int kStrip = 192;       // vectors that a task takes at once
+constexpr int kRows = 8;          // rows that a task of few vectors takes at once: neighbours in a pool, as their tokens come together
 constexpr int kDirectVectors = 8; // up to so many, codes are converted in registers; beyond, once for all vectors
+
+constexpr int rows_together(int vectors) { return vectors <= kDirectVectors ? kRows : 1; }
 
 inline int rounded_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 

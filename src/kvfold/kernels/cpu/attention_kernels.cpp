@@ -86,29 +86,30 @@ void score(const Shape& shape, const Task& task, const Block& block, const Works
   hide(shape, task, block, w.scores, w.ld_t);
 }
 
-// The scores of some blocks become probabilities, relative to the largest score so far; what was added up before shrinks with it.
-void soften(const Task& task, const Workspace& w, int num_blocks) {
+// Takes the scores of a block into account for the largest score so far; what was added up before shrinks with it.
+void raise_top(const Task& task, const Workspace& w) {
   for (int m = 0; m < task.end - task.first; m++) {
-    float *first = w.scores + int64_t(m) * w.ld_t, *totals = w.totals + int64_t(m) * W;
-    vf tops = load(first);
-    for (int b = 0; b < num_blocks; b++) {
-      for (int t = 0; t < w.ld_t; t += W) tops = larger(tops, load(first + b * w.scores_each + t));
-    }
-    if (any_larger(tops, task.top[m])) {
-      const float top = largest(tops), shrink = exp_negative(all(task.top[m] - top))[0];
-      float* out = task.out + int64_t(m) * w.ld_d;
-      for (int d = 0; d < w.ld_d; d += W) store(out + d, load(out + d) * shrink);
-      store(totals, load(totals) * shrink);
-      task.top[m] = top;
-    }
+    const float* scores = w.scores + int64_t(m) * w.ld_t;
+    vf tops = load(scores);
+    for (int t = W; t < w.ld_t; t += W) tops = larger(tops, load(scores + t));
+    if (!any_larger(tops, task.top[m])) continue;
+    const float top = largest(tops), shrink = exp_negative(all(task.top[m] - top))[0];
+    float *out = task.out + int64_t(m) * w.ld_d, *totals = w.totals + int64_t(m) * W;
+    for (int d = 0; d < w.ld_d; d += W) store(out + d, load(out + d) * shrink);
+    store(totals, load(totals) * shrink);
+    task.top[m] = top;
+  }
+}
+
+// The scores of a block become probabilities, relative to the largest score so far.
+void soften(const Task& task, const Workspace& w) {
+  for (int m = 0; m < task.end - task.first; m++) {
+    float *scores = w.scores + int64_t(m) * w.ld_t, *totals = w.totals + int64_t(m) * W;
     vf total = load(totals);
-    for (int b = 0; b < num_blocks; b++) {
-      float* scores = first + b * w.scores_each;
-      for (int t = 0; t < w.ld_t; t += W) {
-        const vf p = exp_negative(load(scores + t) - task.top[m]);
-        store(scores + t, p);
-        total += p;
-      }
+    for (int t = 0; t < w.ld_t; t += W) {
+      const vf p = exp_negative(load(scores + t) - task.top[m]);
+      store(scores + t, p);
+      total += p;
     }
     store(totals, total);
   }
@@ -163,16 +164,16 @@ void combine(const Shape& shape, const Task& task, const Block& block, const Wor
   across(Kind::F32, numbers, block.count, w.scores, vectors, w.ld_t, 0, task.out, w.ld_d);
 }
 
-// More vectors than codes are converted for in registers.
+// More vectors than codes are converted for in registers; a task of one row.
 void attend_many(const Shape& shape, const Task& task, float* workspace) {
   const Segment& s = *task.part->segment;
   const int vectors = task.end - task.first, d = shape.head_dim;
-  const Workspace w(shape, *task.part, vectors, workspace);
+  const Workspace w(shape, *task.part, vectors, 1, workspace);
   const Panels panels(shape, w, vectors, workspace + w.size);
   memset(task.out, 0, sizeof(float) * vectors * w.ld_d);
   memset(w.totals, 0, sizeof(float) * vectors * W);
   for (int m = 0; m < vectors; m++) task.top[m] = kLowest;
-  load_queries(shape, task, w);
+  load_queries(shape, task, w.q, w.ld_d);
   panels.take_queries(w, vectors);
   for (int column = task.first_column; column < task.end_column; column++) {
     Block block;
@@ -192,42 +193,81 @@ void attend_many(const Shape& shape, const Task& task, float* workspace) {
       hide(shape, panel, block, w.scores, w.ld_t);
       Workspace of_panel = w;
       of_panel.totals += int64_t(first) * W;
-      if (!panels.soften(panel, of_panel)) soften(panel, of_panel, 1);
+      if (!panels.soften(panel, of_panel)) {
+        raise_top(panel, of_panel);
+        soften(panel, of_panel);
+      }
       panels.combine(count, block.count, w, panel.out);
     }
   }
   for (int m = 0; m < vectors; m++) task.total[m] = sum(load(w.totals + int64_t(m) * W));
 }
 
-void attend(const Shape& shape, const Task& task, float* workspace) {
+// What a task does for one of its rows.
+Task row_of(const Task& task, int row, int ld_d) {
   const int vectors = task.end - task.first;
-  if (vectors > kDirectVectors) {
+  Task one = task;
+  one.row += row;
+  one.num_rows = 1;
+  one.out += int64_t(row) * vectors * ld_d;
+  one.top += row * vectors;
+  one.total += row * vectors;
+  return one;
+}
+
+// The next blocks of a task that its queries see, up to `batch` of them, from `place` on; returns how many.
+int gather(const Shape& shape, const Task& task, const Task* rows, int batch, int& place, Block* blocks) {
+  int n = 0;
+  for (const int places = num_places(task); n < batch && place < places; place++) {
+    const Place at = place_of(task, place);
+    Block& block = blocks[n];
+    block.row = at.row;
+    if (!find_block(*task.part, rows[at.row].row, at.column, block) || nothing_seen(shape, rows[at.row], block)) continue;
+    block.ahead = next_block(task, place, batch, block);
+    n++;
+  }
+  return n;
+}
+
+void attend(const Shape& shape, const Task& task, float* workspace) {
+  if (task.end - task.first > kDirectVectors) {
     attend_many(shape, task, workspace);
     return;
   }
-  const Workspace w(shape, *task.part, vectors, workspace);
-  memset(task.out, 0, sizeof(float) * vectors * w.ld_d);
-  memset(w.totals, 0, sizeof(float) * vectors * W);
-  for (int m = 0; m < vectors; m++) task.top[m] = kLowest;
-  load_queries(shape, task, w);
+  const int vectors = task.end - task.first, places = num_places(task), batch = batch_of(vectors);
+  const Workspace w(shape, *task.part, vectors, task.num_rows, workspace);
   const Segment& segment = *task.part->segment;
   const bool round_q = k_in_integers(shape, segment, vectors), round_p = v_in_integers(shape, segment, vectors);
-  const int batch = batch_of(vectors);
-  for (int column = task.first_column; column < task.end_column;) {
-    Block blocks[kBatch];
-    int n = 0;
-    for (; n < batch && column < task.end_column; column++) {
-      if (!find_block(*task.part, task.row, column, blocks[n]) || nothing_seen(shape, task, blocks[n])) continue;
-      blocks[n].ahead = next_block(task, column, batch, blocks[n]);
-      n++;
-    }
-    for (int b = 0; round_q && b < n; b++) round_queries(segment, blocks[b], vectors, w.of(b));
-    for (int b = 0; b < n; b++) score(shape, task, blocks[b], w.of(b));
-    soften(task, w, n);
-    for (int b = 0; round_p && b < n; b++) round_probabilities(segment, blocks[b], vectors, w.of(b));
-    for (int b = 0; b < n; b++) combine(shape, task, blocks[b], w.of(b));
+  Task rows[kRows];
+  for (int r = 0; r < task.num_rows; r++) {
+    rows[r] = row_of(task, r, w.ld_d);
+    load_queries(shape, rows[r], w.q + r * w.q_each, w.ld_d);
   }
-  for (int m = 0; m < vectors; m++) task.total[m] = sum(load(w.totals + int64_t(m) * W));
+  memset(task.out, 0, sizeof(float) * task.num_rows * vectors * w.ld_d);
+  memset(w.totals, 0, sizeof(float) * task.num_rows * vectors * W);
+  for (int i = 0; i < task.num_rows * vectors; i++) task.top[i] = kLowest;
+  Workspace views[] = {w, w, w, w};
+  static_assert(sizeof(views) / sizeof(w) == kBatch);
+  for (int b = 1; b < batch; b++) views[b] = w.of(b);
+  for (int place = 0; place < places;) {
+    Block blocks[kBatch];
+    const int n = gather(shape, task, rows, batch, place, blocks);
+    for (int b = 0; b < n; b++) {
+      views[b].q = w.q + blocks[b].row * w.q_each;
+      views[b].totals = w.totals + blocks[b].row * w.totals_each;
+    }
+    // Stage by stage: a stage of one block is a chain of dependent instructions, and the blocks' chains don't depend on each other.
+    const auto each = [&](auto stage) {
+      for (int b = 0; b < n; b++) stage(rows[blocks[b].row], blocks[b], views[b]);
+    };
+    if (round_q) each([&](const Task&, const Block& block, const Workspace& one) { round_queries(segment, block, vectors, one); });
+    each([&](const Task& row, const Block& block, const Workspace& one) { score(shape, row, block, one); });
+    each([&](const Task& row, const Block&, const Workspace& one) { raise_top(row, one); });
+    each([&](const Task& row, const Block&, const Workspace& one) { soften(row, one); });
+    if (round_p) each([&](const Task&, const Block& block, const Workspace& one) { round_probabilities(segment, block, vectors, one); });
+    each([&](const Task& row, const Block& block, const Workspace& one) { combine(shape, row, block, one); });
+  }
+  for (int i = 0; i < task.num_rows * vectors; i++) task.total[i] = sum(load(w.totals + int64_t(i) * W));
 }
 
 // Sums relative to `top`, one of them in the merge.
@@ -256,21 +296,21 @@ void clear(const Sum& s, int vectors, int ld) {
   }
 }
 
-void merge(const Shape& shape, const Task* tasks, const int* which, int count, float* out, float* lse, float* workspace) {
-  const int vectors = tasks[which[0]].end - tasks[which[0]].first, d = shape.head_dim, ld = rounded_up(d, W);
+void merge(const Shape& shape, const Task* tasks, int count, int row, float* out, float* lse, float* workspace) {
+  const int vectors = tasks->end - tasks->first, d = shape.head_dim, ld = rounded_up(d, W);
   const int64_t size = int64_t(vectors) * ld;
   const Sum whole = {workspace, workspace + 3 * size, workspace + 3 * size + vectors};
   const Sum turned = {workspace + size, workspace + 3 * size + 2 * vectors, workspace + 3 * size + 3 * vectors};
   clear(whole, vectors, ld);
   for (int i = 0; i < count; i++) {
-    const Task& task = tasks[which[i]];
+    const Task task = row_of(tasks[i], row - tasks[i].row, ld);
     const float* matrix = task.part->segment->v.rotation;
     if (!matrix) {
       add(whole, task.out, task.top, task.total, vectors, ld);
       continue;
     }
-    const bool first = i == 0 || tasks[which[i - 1]].part != task.part;
-    const bool last = i + 1 == count || tasks[which[i + 1]].part != task.part;
+    const bool first = i == 0 || tasks[i - 1].part != task.part;
+    const bool last = i + 1 == count || tasks[i + 1].part != task.part;
     if (first) clear(turned, vectors, ld);
     add(turned, task.out, task.top, task.total, vectors, ld);
     if (last) {
@@ -293,8 +333,8 @@ void mass(const Shape& shape, const Task& whole, const float* lse, float* receiv
   const int num_vectors = shape.groups * shape.queries;
   for (task.first = 0; task.first < num_vectors; task.first += kStrip) {
     task.end = task.first + kStrip < num_vectors ? task.first + kStrip : num_vectors;
-    const Workspace w(shape, *task.part, task.end - task.first, workspace);
-    load_queries(shape, task, w);
+    const Workspace w(shape, *task.part, task.end - task.first, 1, workspace);
+    load_queries(shape, task, w.q, w.ld_d);
     for (int column = task.first_column; column < task.end_column; column++) {
       Block block;
       if (!find_block(*task.part, task.row, column, block) || nothing_seen(shape, task, block)) continue;
@@ -313,8 +353,9 @@ void mass(const Shape& shape, const Task& whole, const float* lse, float* receiv
 
 int64_t workspace(const Shape& shape, const Part& part, int vectors) {
   const int64_t merging = int64_t(vectors) * (3 * rounded_up(shape.head_dim, W) + 4);
-  const Workspace few(shape, part, vectors, nullptr);
-  const int64_t attending = few.size + (vectors > kDirectVectors ? Panels(shape, few, vectors, nullptr).size : 0);
+  const int num_rows = shape.rows < rows_together(vectors) ? shape.rows : rows_together(vectors);
+  const Workspace w(shape, part, vectors, num_rows, nullptr);
+  const int64_t attending = w.size + (vectors > kDirectVectors ? Panels(shape, w, vectors, nullptr).size : 0);
   return attending > merging ? attending : merging;
 }
 

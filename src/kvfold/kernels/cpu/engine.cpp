@@ -12,9 +12,10 @@
 namespace kvfold {
 namespace {
 
-constexpr int kTasksPerThread = 4;  // so that threads of unequal speed end together
+constexpr int kTasksPerThread = 2;  // so that threads of unequal speed end together; each begins with codes that nobody asked for
 constexpr int kTokensPerPiece = 64; // of encoding
-constexpr int kLeastColumns = 4;    // blocks a task, below which sharing costs more than it gives
+// Blocks a task, below which sharing costs more than it gives.
+constexpr int least_blocks(int vectors) { return vectors <= kDirectVectors ? 12 : 4; }
 
 const Kernels*& chosen() {
   static const Kernels* current = nullptr;
@@ -72,10 +73,10 @@ int64_t most_scratch(const Shape& shape, const std::vector<Part>& parts, int vec
   return most;
 }
 
-int columns_per_task(int64_t all_columns, int num_threads) {
+int columns_per_task(int64_t all_columns, int num_threads, int least) {
   if (num_threads == 1) return 1 << 30;
   const int64_t share = (all_columns + num_threads * kTasksPerThread - 1) / (num_threads * kTasksPerThread);
-  return int(std::max<int64_t>(share, kLeastColumns));
+  return int(std::max<int64_t>(share, least));
 }
 
 }  // namespace
@@ -107,17 +108,20 @@ void attend(const Shape& shape, const std::vector<Part>& parts, float* out, floa
   const int num_strips = (num_vectors + strip - 1) / strip;
   int64_t all_columns = 0;
   for (const Part& part : parts) all_columns += int64_t(part.segment->columns) * shape.rows * num_strips;
-  const int span = columns_per_task(all_columns, num_threads);
+  const int least = least_blocks(num_vectors), span = columns_per_task(all_columns, num_threads, least);
 
-  // In the order of (row, strip), then part: what is merged together lies together.
+  // In the order of (rows, strip), then part: what is merged together lies together.
+  const int rows_each = rows_together(num_vectors);
   std::vector<Task> tasks;
   std::vector<int> ends;
-  for (int row = 0; row < shape.rows; row++) {
+  for (int row = 0; row < shape.rows; row += rows_each) {
+    const int num_rows = std::min(rows_each, shape.rows - row);
     for (int first = 0; first < num_vectors; first += strip) {
       for (const Part& part : parts) {
-        for (int column = 0; column < part.segment->columns; column += std::min(span, part.segment->columns)) {
-          const int end = std::min<int64_t>(int64_t(column) + span, part.segment->columns);
-          tasks.push_back({&part, row, column, end, first, std::min(first + strip, num_vectors), nullptr, nullptr, nullptr});
+        const int columns = part.segment->columns, step = std::min(std::max(span / num_rows, 1), columns);
+        for (int column = 0; column < columns; column += step) {
+          tasks.push_back({&part, row, num_rows, column, std::min(column + step, columns), first, std::min(first + strip, num_vectors),
+                           nullptr, nullptr, nullptr});
         }
       }
       ends.push_back(int(tasks.size()));
@@ -130,25 +134,27 @@ void attend(const Shape& shape, const std::vector<Part>& parts, float* out, floa
     return;
   }
 
-  const int64_t padded = rounded_up(shape.head_dim, k.width), each = strip * (padded + 2);
+  const int64_t padded = rounded_up(shape.head_dim, k.width), vectors_each = int64_t(strip) * std::min(rows_each, shape.rows);
+  const int64_t each = vectors_each * (padded + 2);
   thread_local std::vector<float> partial;
   partial.resize(tasks.size() * each);
   for (size_t i = 0; i < tasks.size(); i++) {
     tasks[i].out = partial.data() + i * each;
-    tasks[i].top = tasks[i].out + strip * padded;
-    tasks[i].total = tasks[i].top + strip;
+    tasks[i].top = tasks[i].out + vectors_each * padded;
+    tasks[i].total = tasks[i].top + vectors_each;
   }
   const int64_t needed = most_scratch(shape, parts, strip);
-  const int worth = all_columns >= 2 * kLeastColumns ? num_threads : 1;
+  const int worth = all_columns >= 2 * least ? num_threads : 1;
   parallel_for(int(tasks.size()), worth, [&](int i, int) { k.attend(shape, tasks[i], scratch(needed)); });
 
-  std::vector<int> which(tasks.size());
-  for (size_t i = 0; i < which.size(); i++) which[i] = int(i);
   const bool small = int64_t(shape.rows) * num_vectors * tasks.size() < 4096;
   parallel_for(int(ends.size()), small ? 1 : num_threads, [&](int i, int) {
     const int begin = i ? ends[i - 1] : 0;
-    const int64_t at = int64_t(tasks[begin].row) * num_vectors + tasks[begin].first;
-    k.merge(shape, tasks.data(), which.data() + begin, ends[i] - begin, out + at * shape.head_dim, lse + at, scratch(needed));
+    const Task* found = tasks.data() + begin;
+    for (int row = found->row; row < found->row + found->num_rows; row++) {
+      const int64_t at = int64_t(row) * num_vectors + found->first;
+      k.merge(shape, found, ends[i] - begin, row, out + at * shape.head_dim, lse + at, scratch(needed));
+    }
   });
 }
 
@@ -156,12 +162,12 @@ void mass(const Shape& shape, const Part& part, const float* lse, float* receive
   const Kernels& k = kernels();
   const Segment& s = *part.segment;
   std::memset(received, 0, sizeof(float) * shape.rows * shape.groups * s.width);
-  const int span = columns_per_task(int64_t(s.columns) * shape.rows, num_threads);
+  const int span = columns_per_task(int64_t(s.columns) * shape.rows, num_threads, least_blocks(shape.groups * shape.queries));
   std::vector<Task> tasks;
   for (int row = 0; row < shape.rows; row++) {
     for (int column = 0; column < s.columns; column += std::min(span, s.columns)) {
       const int end = int(std::min<int64_t>(int64_t(column) + span, s.columns));
-      tasks.push_back({&part, row, column, end, 0, 0, nullptr, nullptr, nullptr});
+      tasks.push_back({&part, row, 1, column, end, 0, 0, nullptr, nullptr, nullptr});
     }
   }
   const int64_t needed = k.workspace(shape, part, std::min(shape.groups * shape.queries, kStrip));

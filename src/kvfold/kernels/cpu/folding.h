@@ -17,8 +17,9 @@ struct Workspace {
   float *q, *folded, *scores, *totals, *scale, *zero, *sums, *scratch, *line, *levels;
   Rounded rounded;
   int64_t size, scores_each, rows_each, steps_each;  // `each`: of one block of a batch
+  int64_t q_each, totals_each;                       // of one row
 
-  Workspace(const Shape& shape, const Part& part, int vectors, float* at) {
+  Workspace(const Shape& shape, const Part& part, int vectors, int num_rows, float* at) {
     const Side &k = part.segment->k, &v = part.segment->v;
     head_dim = shape.head_dim;
     ld_d = rounded_up(head_dim, W);
@@ -30,12 +31,14 @@ struct Workspace {
       p += (n + 15) / 16 * 16;  // whole cache lines
       return taken;
     };
-    q = take(int64_t(vectors) * ld_d);
+    q_each = int64_t(vectors) * ld_d;
+    q = take(q_each * num_rows);
     folded = take(kDirectVectors * longest * groups);
     const int batch = batch_of(vectors);
     scores_each = int64_t(vectors) * ld_t;
     scores = take(scores_each * batch);
-    totals = take(int64_t(vectors) * W);
+    totals_each = int64_t(vectors) * W;
+    totals = take(totals_each * num_rows);
     scale = take(longest * groups);
     zero = take(longest * groups);
     sums = take(kDirectVectors * groups);
@@ -111,16 +114,11 @@ inline float middle_of(Kind kind) { return kind == Kind::I8 ? 127.5f : kind == K
 
 // `vectors` of x [vectors, ld] times the scales of a block, in integers, for every group.
 void round_folded(const Side& side, const float* x, int vectors, int ld, const Workspace& w) {
-  const float middle = middle_of(side.kind);
+  const auto round = side.kind == Kind::I8 ? side.zero ? round_vectors<2, true> : round_vectors<2, false>
+                                           : side.zero ? round_vectors<1, true> : round_vectors<1, false>;
   for (int g = 0; g < side.groups; g++) {
-    const float* scale = w.scale + int64_t(g) * ld;
-    float* centre = side.zero ? w.zero + int64_t(g) * ld : nullptr;
-    for (int i = 0; centre && i < ld; i += W) store(centre + i, load(centre + i) + load(scale + i) * middle);
-    if (side.kind == Kind::I8) {
-      round_vectors<2>(x, vectors, ld, scale, centre, middle, w.rounded, g);
-    } else {
-      round_vectors<1>(x, vectors, ld, scale, centre, middle, w.rounded, g);
-    }
+    const float *scale = w.scale + int64_t(g) * ld, *zero = side.zero ? w.zero + int64_t(g) * ld : nullptr;
+    round(x, vectors, ld, scale, zero, middle_of(side.kind), w.rounded, g);
   }
 }
 
@@ -223,15 +221,16 @@ void rotate(const float* from, int ld_from, const float* matrix, bool transposed
   }
 }
 
-void load_queries(const Shape& shape, const Task& task, const Workspace& w) {
+// to [vectors, ld]: the queries of a task of one row.
+void load_queries(const Shape& shape, const Task& task, float* to, int ld) {
   const int vectors = task.end - task.first, d = shape.head_dim;
   const float* q = task.part->q + (int64_t(task.row) * shape.groups * shape.queries + task.first) * d;
-  memset(w.q, 0, sizeof(float) * vectors * w.ld_d);
+  memset(to, 0, sizeof(float) * vectors * ld);
   if (const float* matrix = task.part->segment->k.rotation) {
-    rotate(q, d, matrix, false, vectors, d, w.q, w.ld_d);
+    rotate(q, d, matrix, false, vectors, d, to, ld);
     return;
   }
-  for (int m = 0; m < vectors; m++) memcpy(w.q + int64_t(m) * w.ld_d, q + int64_t(m) * d, sizeof(float) * d);
+  for (int m = 0; m < vectors; m++) memcpy(to + int64_t(m) * ld, q + int64_t(m) * d, sizeof(float) * d);
 }
 
 }  // namespace

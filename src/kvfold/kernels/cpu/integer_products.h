@@ -68,6 +68,11 @@ inline void store_low_bytes(int8_t* to, vi x) {
 template <int BYTES, int N>
 inline void store_bytes(int8_t* to, int ld, const vi* n) {
 #if defined(__AVX512F__)
+  if constexpr (N == 8) {
+    store_bytes<BYTES, 4>(to, ld, n);
+    store_bytes<BYTES, 4>(to + 4 * W, ld, n + 4);
+    return;
+  }
   if constexpr (N == 4) {  // words, then bytes, come lane by lane
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i a = _mm512_packs_epi32(bits<__m512i>(n[0]), bits<__m512i>(n[1]));
@@ -90,65 +95,75 @@ inline void store_bytes(int8_t* to, int ld, const vi* n) {
   }
 }
 
-inline float largest_magnitude(vi of) {  // of floats without their sign, compared as integers: a NaN is larger than all
-#if defined(__AVX512F__)
-  return bits<float>(_mm512_reduce_max_epi32(bits<__m512i>(of)));
-#else
-  int32_t most = 0;
-  for (int i = 0; i < W; i++) most = of[i] > most ? of[i] : most;
-  return bits<float>(most);
-#endif
-}
-
-// One group's rows of `a`: x [vectors, ld] ∘ scale [ld]. `centre` [ld]: what a code in the middle stands for, or null for 0.
-// N vectors of W at a time.
-template <int BYTES, int N, bool CENTRED>
-void round_by(const float* x, int vectors, int ld, const float* scale, const float* centre, float middle, const Rounded& a,
+// VECTORS rows of `a` in one group, from vector m0 on: x [vectors, ld] ∘ scale [ld], and the zeros' share of the offset. With N,
+// ld is N * W and stays in registers; with N = 0 it is any multiple of W.
+template <int BYTES, int N, int VECTORS, bool CENTRED>
+void round_by(const float* x, int m0, int vectors, int ld, const float* scale, const float* zero, float middle, const Rounded& a,
               int group) {
   constexpr float most = BYTES == 2 ? 127 * 256 + 127 : 127;
-  for (int m = 0; m < vectors; m++) {
-    const float* from = x + int64_t(m) * ld;
-    vi magnitude = {};
-    vf centres = {}, scaled[N];
-    for (int i = 0; i < ld; i += N * W) {
+  constexpr int STEP = N ? N : 1;
+  const int length = N ? N * W : ld, at = group * vectors + m0;
+  const float* from = x + int64_t(m0) * ld;
+  vi magnitude[4] = {};
+  vf offset[4] = {}, scaled[VECTORS][STEP];
+  const auto scale_at = [&](int i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < STEP; j++) {
+      const vf s = load(scale + i + j * W);
 #pragma GCC unroll 4
-      for (int j = 0; j < N; j++) {
-        const vf q = load(from + i + j * W);
-        scaled[j] = q * load(scale + i + j * W);
-        const vi each = bits<vi>(scaled[j]) & 0x7fffffff;
-        magnitude = magnitude > each ? magnitude : each;
-        if constexpr (CENTRED) centres += q * load(centre + i + j * W);
+      for (int m = 0; m < VECTORS; m++) scaled[m][j] = load(from + m * ld + i + j * W) * s;
+    }
+  };
+  for (int i = 0; i < length; i += STEP * W) {
+    scale_at(i);
+#pragma GCC unroll 8
+    for (int j = 0; j < STEP; j++) {
+      const vf centre = CENTRED ? load(zero + i + j * W) + load(scale + i + j * W) * middle : vf{};
+#pragma GCC unroll 4
+      for (int m = 0; m < VECTORS; m++) {
+        const vi each = bits<vi>(scaled[m][j]) & 0x7fffffff;  // compared as integers, so that a NaN is larger than all
+        magnitude[m] = magnitude[m] > each ? magnitude[m] : each;
+        if constexpr (CENTRED) offset[m] += load(from + m * ld + i + j * W) * centre;
       }
     }
-    const float top = largest_magnitude(magnitude), step = top * (1 / most), inverse = top > 1e-30f ? most / top : 0.0f;
-    int8_t* to = a.rows + int64_t(group * vectors + m) * BYTES * a.ld;
-    vi total = {};
-    for (int i = 0; i < ld; i += N * W) {
-      vi n[N];
-#pragma GCC unroll 4
-      for (int j = 0; j < N; j++) {
-        if (ld != N * W) scaled[j] = load(from + i + j * W) * load(scale + i + j * W);
-        n[j] = round_to_int(scaled[j] * inverse);
-        total += n[j];
-      }
-      store_bytes<BYTES, N>(to + i, a.ld, n);
-    }
-    const vf rest = __builtin_convertvector(total, vf) * (-middle * step);
-    a.step[group * vectors + m] = step;
-    a.offset[group * vectors + m] = sum(CENTRED ? centres + rest : rest);
   }
+  const quad top = bits<quad>(each_of<int_quad>(magnitude, [](auto p, auto q) { return p > q ? p : q; }));
+  const quad step = top * (1 / most), inverse = top > quad{} + 1e-30f ? most / top : quad{};
+  vi total[VECTORS] = {};
+  for (int i = 0; i < length; i += STEP * W) {
+    if (!N) scale_at(i);
+#pragma GCC unroll 4
+    for (int m = 0; m < VECTORS; m++) {
+      vi n[STEP];
+#pragma GCC unroll 8
+      for (int j = 0; j < STEP; j++) {
+        n[j] = round_to_int(scaled[m][j] * inverse[m]);
+        total[m] += n[j];
+      }
+      store_bytes<BYTES, STEP>(a.rows + int64_t(at + m) * BYTES * a.ld + i, a.ld, n);
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < VECTORS; m++) offset[m] += __builtin_convertvector(total[m], vf) * (-middle * step[m]);
+  const quad offsets = each_of<quad>(offset, [](auto p, auto q) { return p + q; });
+  memcpy(a.step + at, &step, VECTORS * sizeof(float));
+  memcpy(a.offset + at, &offsets, VECTORS * sizeof(float));
 }
 
-template <int BYTES>
-void round_vectors(const float* x, int vectors, int ld, const float* scale, const float* centre, float middle, const Rounded& a,
+template <int BYTES, int N, bool CENTRED>
+void round_all(const float* x, int vectors, int ld, const float* scale, const float* zero, float middle, const Rounded& a, int group) {
+  constexpr int most = W == 16 && N == 4 ? 3 : 1;  // what registers hold
+  int m = 0;
+  for (; m + most <= vectors; m += most) round_by<BYTES, N, most, CENTRED>(x, m, vectors, ld, scale, zero, middle, a, group);
+  for (; m < vectors; m++) round_by<BYTES, N, 1, CENTRED>(x, m, vectors, ld, scale, zero, middle, a, group);
+}
+
+// One group's rows of `a`. `zero` [ld]: what a code of 0 stands for, or null where codes are symmetric.
+template <int BYTES, bool CENTRED>
+void round_vectors(const float* x, int vectors, int ld, const float* scale, const float* zero, float middle, const Rounded& a,
                    int group) {
-  if (ld % (4 * W)) {
-    centre ? round_by<BYTES, 1, true>(x, vectors, ld, scale, centre, middle, a, group)
-           : round_by<BYTES, 1, false>(x, vectors, ld, scale, centre, middle, a, group);
-  } else {
-    centre ? round_by<BYTES, 4, true>(x, vectors, ld, scale, centre, middle, a, group)
-           : round_by<BYTES, 4, false>(x, vectors, ld, scale, centre, middle, a, group);
-  }
+  const auto round = ld == 4 * W ? round_all<BYTES, 4, CENTRED> : ld == 8 * W ? round_all<BYTES, 8, CENTRED> : round_all<BYTES, 0, CENTRED>;
+  round(x, vectors, ld, scale, zero, middle, a, group);
 }
 
 #if defined(__AVX2__)
@@ -198,6 +213,7 @@ inline void interleave(const uint8_t* line, int64_t next, vu* out) {
     out[3] = bits<vu>(_mm512_unpackhi_epi16(ab2, cd2));
   } else if constexpr (CHUNKS == 2) {
     auto two = [&](const uint8_t* at) {
+      if (next == 2 * W) return _mm512_loadu_si512(at);
       const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
       return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + next)), 1);
     };
@@ -209,7 +225,7 @@ inline void interleave(const uint8_t* line, int64_t next, vu* out) {
   } else {
     auto one = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(line + i * next)); };
     __m512i x = _mm512_inserti32x4(_mm512_castsi128_si512(one(0)), one(1), 1);
-    x = _mm512_inserti32x4(_mm512_inserti32x4(x, one(2), 2), one(3), 3);
+    x = next == W ? _mm512_loadu_si512(line) : _mm512_inserti32x4(_mm512_inserti32x4(x, one(2), 2), one(3), 3);
     const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     out[0] = bits<vu>(_mm512_shuffle_epi8(_mm512_permutexvar_epi32(lanes, x), by_column));
   }

@@ -163,6 +163,37 @@ inline vf sums(vf* v) {
 #endif
 }
 
+// Four floats or integers: what is found for four vectors at once.
+typedef float quad __attribute__((vector_size(16)));
+typedef int32_t int_quad __attribute__((vector_size(16)));
+
+// Element m of the result is what `both` makes of all elements of x[m], in pairs.
+template <typename Quad, typename V, typename Both>
+inline Quad each_of(const V (&x)[4], Both both) {
+#if defined(__AVX512F__)
+  typedef decltype(V()[0] + V()[0]) number;
+  typedef number half __attribute__((vector_size(32)));
+  const auto low = [](V p, V q) { return bits<V>(_mm512_unpacklo_ps(bits<__m512>(p), bits<__m512>(q))); };
+  const auto high = [](V p, V q) { return bits<V>(_mm512_unpackhi_ps(bits<__m512>(p), bits<__m512>(q))); };
+  const V ab = both(low(x[0], x[1]), high(x[0], x[1])), cd = both(low(x[2], x[3]), high(x[2], x[3]));
+  const __m512d p = bits<__m512d>(ab), q = bits<__m512d>(cd);
+  const __m512d lanes = bits<__m512d>(both(bits<V>(_mm512_unpacklo_pd(p, q)), bits<V>(_mm512_unpackhi_pd(p, q))));
+  const half y = both(bits<half>(_mm512_castpd512_pd256(lanes)), bits<half>(_mm512_extractf64x4_pd(lanes, 1)));
+  return both(bits<Quad>(_mm256_castps256_ps128(bits<__m256>(y))), bits<Quad>(_mm256_extractf128_ps(bits<__m256>(y), 1)));
+#elif defined(__AVX2__)
+  const auto low = [](V p, V q) { return bits<V>(_mm256_unpacklo_ps(bits<__m256>(p), bits<__m256>(q))); };
+  const auto high = [](V p, V q) { return bits<V>(_mm256_unpackhi_ps(bits<__m256>(p), bits<__m256>(q))); };
+  const V ab = both(low(x[0], x[1]), high(x[0], x[1])), cd = both(low(x[2], x[3]), high(x[2], x[3]));
+  const __m256d p = bits<__m256d>(ab), q = bits<__m256d>(cd);
+  const __m256 lanes = bits<__m256>(both(bits<V>(_mm256_unpacklo_pd(p, q)), bits<V>(_mm256_unpackhi_pd(p, q))));
+  return both(bits<Quad>(_mm256_castps256_ps128(lanes)), bits<Quad>(_mm256_extractf128_ps(lanes, 1)));
+#else
+  Quad y = {};
+  for (int m = 0; m < 4; m++) y[m] = both(both(x[m][0], x[m][2]), both(x[m][1], x[m][3]));
+  return y;
+#endif
+}
+
 inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
 // Over the elements of a vector, by halves.

@@ -10,6 +10,7 @@ namespace {
 
 // One block as a task sees it.
 struct Block {
+  int row;        // of the task
   int64_t id;     // in the pool, or 0
   int64_t ahead;  // blocks of the pool from this one to the next of the row
   int count;      // places up to the last token
@@ -62,12 +63,25 @@ bool find_block(const Part& part, int row, int column, Block& block) {
   return count > 0;
 }
 
-// How far the block is that comes `distance` later. The products ask for its codes line by line while they work on this one's:
+// The blocks of a task in the order in which they are read: column by column, since rows grow together and a pool's blocks are
+// then read one after the other.
+struct Place {
+  int row, column;  // the row counts from the task's first
+};
+
+inline int num_places(const Task& task) { return (task.end_column - task.first_column) * task.num_rows; }
+
+inline Place place_of(const Task& task, int place) {
+  return {place % task.num_rows, task.first_column + place / task.num_rows};
+}
+
+// How far the block is that comes `distance` places later. The products ask for its codes line by line while they work on this one's:
 // the processor's own prefetching ends at a page, and a block of a pool rarely continues the one before.
-int64_t next_block(const Task& task, int column, int distance, const Block& block) {
+int64_t next_block(const Task& task, int place, int distance, const Block& block) {
   const Segment& s = *task.part->segment;
-  if (!s.table || column + distance >= task.end_column) return 0;
-  const int64_t id = s.table[int64_t(task.row) * s.columns + column + distance];
+  if (!s.table || place + distance >= num_places(task)) return 0;
+  const Place next = place_of(task, place + distance);
+  const int64_t id = s.table[int64_t(task.row + next.row) * s.columns + next.column];
   if (id < 0) return 0;
   for (const Side* side : {&s.k, &s.v}) {
     if (side->scale_kind == ScaleKind::NONE) continue;
