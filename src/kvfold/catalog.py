@@ -29,7 +29,7 @@ class Strategy:
         paper: title and link of its source; empty for what has none.
         demo: whether `make demo` runs it.
         also: other names that it goes by.
-        finding: what was measured against it here, in a few words; empty for most.
+        finding: what was measured against it here, in a few words; empty for most. docs/findings.md has the numbers.
     """
 
     name: str
@@ -87,6 +87,7 @@ _ALL = (
         "the last quarter of the context",
         "Longformer, arxiv.org/abs/2004.05150",
         also=("sliding_window",),
+        finding="loses to random: without sinks attention collapses",
     ),
     Strategy(
         "sink_window",
@@ -94,6 +95,7 @@ _ALL = (
         "4 sinks and the last quarter, re-indexed",
         _STREAMING,
         also=("attention_sink",),
+        finding="loses to random in questions about an article",
     ),
     Strategy(
         "sink_window_fixed",
@@ -138,8 +140,22 @@ _ALL = (
     Strategy("h2o_int4", "h2o(50%) | int4", "half of the tokens, in int4", f"{_H2O}; {_KIVI}", demo=False),
     Strategy("tova", "tova(25%)", "what the newest token looks at", "TOVA, arxiv.org/abs/2401.06104", demo=False),
     Strategy("snapkv", "snapkv(25%)", "what the last 32 tokens look at", _SNAPKV),
-    Strategy("pyramidkv", "snapkv(25%, window=8, layers=pyramid)", "snapkv, more of it in low layers", _PYRAMID, demo=False),
-    Strategy("adakv", "snapkv(25%, heads=ada)", "snapkv, heads of a layer share its budget", _ADA, demo=False),
+    Strategy(
+        "pyramidkv",
+        "snapkv(25%, window=8, layers=pyramid)",
+        "snapkv, more of it in low layers",
+        _PYRAMID,
+        demo=False,
+        finding="loses to random in needles at 50%",
+    ),
+    Strategy(
+        "adakv",
+        "snapkv(25%, heads=ada)",
+        "snapkv, heads of a layer share its budget",
+        _ADA,
+        demo=False,
+        finding="loses to random in needles at 50%",
+    ),
     Strategy(
         "adakv_int4",
         "snapkv(50%, heads=ada) | int4",
@@ -155,17 +171,46 @@ _ALL = (
         demo=False,
     ),
     Strategy("scissorhands", "scissorhands(25%)", "what most queries give their share to", _SCISSORHANDS, demo=False),
-    Strategy("expected_attention", "expected(25%)", "what future queries should look at", _EXPECTED, demo=False),
+    Strategy(
+        "expected_attention",
+        "expected(25%)",
+        "what future queries should look at",
+        _EXPECTED,
+        demo=False,
+        finding="loses to random in needles and questions",
+    ),
     Strategy("kvzip", "kvzip(25%)", "what is looked at when the context is repeated", _KVZIP, demo=False),
-    Strategy("keydiff", "keydiff(25%)", "keys far from the mean key", "KeyDiff, arxiv.org/abs/2504.15364", demo=False),
-    Strategy("lagkv", "lagkv(25%)", "what stands out from the tokens after it", "LagKV, arxiv.org/abs/2504.04704", demo=False),
-    Strategy("sieve", "sieve(25%)", "SIEVE's hand and visited bit, over attention", _SIEVE, demo=False),
+    Strategy(
+        "keydiff",
+        "keydiff(25%)",
+        "keys far from the mean key",
+        "KeyDiff, arxiv.org/abs/2504.15364",
+        demo=False,
+        finding="loses in KL to random that keeps recent tokens, beats it in needles",
+    ),
+    Strategy(
+        "lagkv",
+        "lagkv(25%)",
+        "what stands out from the tokens after it",
+        "LagKV, arxiv.org/abs/2504.04704",
+        demo=False,
+        finding="loses to random in questions at 25%",
+    ),
+    Strategy(
+        "sieve",
+        "sieve(25%)",
+        "SIEVE's hand and visited bit, over attention",
+        _SIEVE,
+        demo=False,
+        finding="loses to random in needles at 25%, in questions at 12.5%, by little",
+    ),
     Strategy(
         "l2norm",
         "l2norm(25%)",
         "keys of small norm; all tokens in the first two layers",
         "L2 norm, arxiv.org/abs/2406.11430",
         also=("l2_norm",),
+        finding="loses to random that keeps sinks in everything",
     ),
     Strategy("random", "random(25%)", "tokens at random beside pinned ones: what eviction must beat"),
     Strategy("quest", "quest(25%)", "all tokens; a step reads the quarter that bounds of keys point to", _QUEST, demo=False),
