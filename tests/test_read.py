@@ -47,7 +47,10 @@ def test_reading_all_is_reading_without_a_choice(plan: str) -> None:
     same = kvfold.cache(model, f"{store.rstrip(')')}{', ' if '(' in store else '('}sink={_layers(cache)[0].plan.sink})")
     theirs = chunked(model, same, ids, mask, sizes)
     if _layers(cache)[0].codec.unit == "block" or "dense" in store:  # else tokens wait, dense, until they fill a block
-        torch.testing.assert_close(mine[mask.bool()], theirs[mask.bool()], atol=5e-4, rtol=1e-3)
+        # Sums in another order may move a code to its neighbour: weights that differ by 2e-7 move single logits by 7e-4.
+        off = (mine - theirs)[mask.bool()].abs()
+        assert off.max() < 5e-3
+        assert off.mean() < 5e-6  # 7e-7 with a code that moved; logits are 1.0 on average
     full = chunked(model, kvfold.cache(model, "full"), ids, mask, sizes)
     assert (mine - full)[mask.bool()].norm() <= (0.3 if store != "dense" else 1e-4) * full[mask.bool()].norm()
 
