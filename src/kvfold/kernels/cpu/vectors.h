@@ -248,7 +248,7 @@ inline vf exp2(vf x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the lowest bits
   vf shifted = x + magic;
   vf y = exp2_fraction(x - (shifted - magic));
-  return bits<vf>(bits<vi>(y) + (bits<vi>(shifted) << 23));
+  return bits<vf>(bits<vu>(y) + (bits<vu>(shifted) << 23));  // unsigned: x may be anything in places that nobody sees
 #endif
 }
 
