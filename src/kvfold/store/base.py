@@ -145,3 +145,20 @@ class Store(ABC):
 
     def check(self) -> None:  # noqa: B027  (most methods have nothing to check)
         """Raises PlanError when the arguments can't work together."""
+
+
+class AroundStore(Store):
+    """A method around another one, its argument `codes`, whose dense tokens at both ends it takes over."""
+
+    codes: Store
+
+    @property
+    def sink(self) -> int:  # type: ignore[override]
+        return self.codes.sink
+
+    @property
+    def window(self) -> int:  # type: ignore[override]
+        return self.codes.window
+
+    def check(self) -> None:
+        self.codes.check()

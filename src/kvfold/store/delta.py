@@ -22,7 +22,7 @@ from kvfold.errors import PlanError
 from kvfold.registry import register
 from kvfold.rope import Rope
 from kvfold.site import Site
-from kvfold.store.base import Fields, KVCodec, PositionalCodec, Store, TensorCodec, join, part
+from kvfold.store.base import AroundStore, Fields, KVCodec, PositionalCodec, Store, TensorCodec, join, part
 from kvfold.store.integer import Int4
 
 
@@ -78,21 +78,10 @@ class WithoutBias(PositionalCodec):
 
 @register("store", "delta")
 @dataclass(frozen=True)
-class Delta(Store):
+class Delta(AroundStore):
     """Another codec that holds tokens one by one, of keys without their bias."""
 
     codes: Store = field(default_factory=lambda: Int4(k_axis="token", rotate="kv"))
-
-    @property
-    def sink(self) -> int:  # type: ignore[override]
-        return self.codes.sink
-
-    @property
-    def window(self) -> int:  # type: ignore[override]
-        return self.codes.window
-
-    def check(self) -> None:
-        self.codes.check()
 
     def codec(self, site: Site) -> KVCodec:
         if site.model is None:

@@ -23,7 +23,7 @@ from kvfold.percent import Percent
 from kvfold.registry import register
 from kvfold.site import Site
 from kvfold.store.affine import Affine
-from kvfold.store.base import KVCodec, Store, TensorCodec
+from kvfold.store.base import AroundStore, KVCodec, Store, TensorCodec
 from kvfold.store.dense import DenseCodec
 from kvfold.store.integer import Int4
 from kvfold.store.outliers import ONE_PERCENT, Outliers
@@ -36,7 +36,7 @@ from kvfold.store.table import Table
 
 @register("store", "gear")
 @dataclass(frozen=True)
-class Gear(Store):
+class Gear(AroundStore):
     """Another codec, with its outliers and its largest errors repaired."""
 
     codes: Store = field(default_factory=Int4)
@@ -45,16 +45,8 @@ class Gear(Store):
     buffer: Literal[64, 128, 256] = 64
     factors: Literal["half", "int8"] = "half"
 
-    @property
-    def sink(self) -> int:  # type: ignore[override]
-        return self.codes.sink
-
-    @property
-    def window(self) -> int:  # type: ignore[override]
-        return self.codes.window
-
     def check(self) -> None:
-        self.codes.check()
+        super().check()
         if self.rank > self.buffer:
             raise PlanError(f"gear: a rank of {self.rank} is more than the {self.buffer} tokens of its buffer")
         if self.rank == 0 and not self.outliers.value:
