@@ -1,13 +1,14 @@
 """What tests of the kernels attend to: blocks of two ragged rows, and queries at them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kvfold.attention.reference import Query
 from kvfold.blocks import Blocks
 from kvfold.segment import Run
-from kvfold.store.base import KVCodec
+from kvfold.store.base import KVCodec, TensorCodec
+from kvfold.store.rotation import Rotated
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,11 @@ def query_of(case: Case) -> Query:
     slots = torch.arange(case.num_queries) + case.length + 4
     first = (slots - case.length // 2).expand(2, -1).contiguous() if case.windowed else None
     return Query(q * case.head_dim**-0.5, slots, case.num_groups, first, case.softcap)
+
+
+def paired(k: TensorCodec, v: TensorCodec, case: Case, rotate: str) -> tuple[KVCodec, Case]:
+    """A codec of two that differ, rotated where `rotate` names the side, with whole blocks of tokens where one needs them."""
+    if k.unit != v.unit:
+        case = replace(case, length=-(-case.length // 128) * 128)
+    k, v = (Rotated(c, case.head_dim) if side in rotate else c for side, c in (("k", k), ("v", v)))
+    return KVCodec(k, v), case

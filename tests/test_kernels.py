@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import Case, blocks_of, query_of
+from kernel_cases import Case, blocks_of, paired, query_of
 from rounding import allowance
 
 from kvfold.attention import dispatch, reference
@@ -186,11 +186,9 @@ def test_plans_over_shapes(name: str, head_dim: int, num_groups: int, monkeypatc
 def test_any_combination(k: TensorCodec, v: TensorCodec, case: Case, rotate: str, threads: int) -> None:
     if not fits(k, case.head_dim) or not fits(v, case.head_dim):
         return
-    if k.unit != v.unit and {k.unit, v.unit} == {"token", "block"}:
-        case = replace(case, length=-(-case.length // 128) * 128)
-    k, v = (Rotated(c, case.head_dim) if side in rotate else c for side, c in (("k", k), ("v", v)))
+    codec, case = paired(k, v, case, rotate)
     with pytest.MonkeyPatch.context() as patch:
-        check(blocks_of(KVCodec(k, v), case), query_of(case), patch, threads=threads)
+        check(blocks_of(codec, case), query_of(case), patch, threads=threads)
 
 
 # -- dense runs --------------------------------------------------------------------------------------------------------------

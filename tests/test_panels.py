@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import paired
 from test_kernels import AFFINES, HEAD_DIMS, LENGTHS, OTHERS, Case, blocks_of, fits, query_of
 from tiny import tiny_model
 
@@ -74,11 +75,9 @@ def check(segment: Segment, query: Query) -> None:
 def test_any_combination(k: TensorCodec, v: TensorCodec, case: Case, rotate: str, threads: int) -> None:
     if not fits(k, case.head_dim) or not fits(v, case.head_dim):
         return
-    if k.unit != v.unit and {k.unit, v.unit} == {"token", "block"}:
-        case = replace(case, length=-(-case.length // 128) * 128)
-    k, v = (Rotated(c, case.head_dim) if side in rotate else c for side, c in (("k", k), ("v", v)))
+    codec, case = paired(k, v, case, rotate)
     torch.set_num_threads(threads)
-    check(blocks_of(KVCodec(k, v), case), query_of(case))
+    check(blocks_of(codec, case), query_of(case))
 
 
 @settings(max_examples=40)
