@@ -156,7 +156,7 @@ def main() -> None:
             records.append(r)
             print(
                 f"{r['tokens']:>7} {r['variant']:<12} {r['ms']:>9.2f} {r['spread_ms']:>8.2f} {r['mbytes']:>8.1f}"
-                f" {r['gb_per_s']:>6.1f} {r['gb_per_s'] / bandwidth:>7.0%} {r['times_as_fast_as_sdpa']:>7.2f}",  # type: ignore[operator]
+                f" {r['gb_per_s']:>6.1f} {r['gb_per_s'] / bandwidth:>7.0%} {r['times_as_fast_as_sdpa']:>7.2f}",
                 flush=True,
             )
     setting = {"kernel": kernel_name(), "threads": args.threads, "torch": torch.__version__, "bandwidth_gb_per_s": bandwidth}

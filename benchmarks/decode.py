@@ -91,7 +91,7 @@ def main() -> None:
                 form = {"weights": weights, "weight_bytes": describe(model), "step": step.describe(models[str(r["cache"])])}
                 records.append({**form, **r})
                 times = "".join(f"{r[name]:>10.1f}" for name in ("ms_least", "ms_p20", "ms_p50", "ms_p80"))
-                rest = f"{r['prefill_tokens_per_s']:>10.0f}{r['kv_bytes'] / 1e6:>10.1f}"  # type: ignore[operator]
+                rest = f"{r['prefill_tokens_per_s']:>10.0f}{r['kv_bytes'] / 1e6:>10.1f}"
                 print(f"{weights:>8} {r['context']:>7} {r['cache']:<14}{times}{rest}", flush=True)
     print(json.dumps({"kernel": kernel_name(), "threads": args.threads, "torch": torch.__version__, "records": records}))
 

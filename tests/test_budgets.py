@@ -189,7 +189,7 @@ def test_pins_beyond_a_share_outgrow_it() -> None:
     assert all(kept[:30] == list(range(30)) and len(kept) == 31 for kept in _layers(cache)[0].kept_slots())
 
 
-def test_pins_survive_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_pins_survive_a_file(tmp_path) -> None:
     model = sharp_model()
     cache = kvfold.cache(model, "random(40)", pin=[range(8, 20)])
     chunked(model, cache, tokens(1, 90), None, [90])

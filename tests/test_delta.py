@@ -25,7 +25,7 @@ def test_the_codes_are_those_of_the_difference(plan: str) -> None:
     differences = torch.randn(6, 20, 64)
     turned = layer.rope().rotate(bias.repeat(2, 1)[:, None].expand(-1, 20, -1), positions)
     fields = codec.encode(differences + turned, differences, positions)
-    inner = store.codes.codec(site(64, num_kv_heads=3)).k  # type: ignore[attr-defined]
+    inner = store.codes.codec(site(64, num_kv_heads=3)).k
     expected = inner.decode(inner.encode(differences)) + turned
     torch.testing.assert_close(codec.decode(fields)[0], expected, atol=0.05, rtol=0)  # borders fall to either side
     assert (codec.decode(fields)[0] - expected).abs().mean() < 1e-4
@@ -34,7 +34,7 @@ def test_the_codes_are_those_of_the_difference(plan: str) -> None:
 @pytest.mark.parametrize("plan", PLANS)
 def test_products_are_those_of_the_decoded_keys(plan: str) -> None:
     codec = Plan.parse(plan).store.codec(site(64, num_kv_heads=2)).k
-    fields = codec.encode_at(torch.randn(4, 3, 64, 64), torch.arange(64) + torch.arange(3)[:, None] * 64)  # type: ignore[attr-defined]
+    fields = codec.encode_at(torch.randn(4, 3, 64, 64), torch.arange(64) + torch.arange(3)[:, None] * 64)
     q, p = torch.randn(4, 3, 5, 64), torch.rand(4, 3, 5, 64)
     decoded = codec.decode(fields)
     torch.testing.assert_close(codec.dot(codec.fold_query(q), fields), q @ decoded.mT, atol=1e-3, rtol=1e-4)

@@ -26,13 +26,13 @@ from kvfold.store.table import Table
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="installed without a compiler")
 
 AFFINES = [
-    Affine(bits, axis, group, symmetric, scales)  # type: ignore[arg-type]
+    Affine(bits, axis, group, symmetric, scales)
     for bits, axis, group, symmetric, scales in itertools.product(
         [8, 4, 2], ["token", "channel"], [16, 32, 64, 128], [False, True], ["half", "log8"]
     )
 ]
 TABLES = [
-    Table(table, axis, group, offset, scales, fit, refits)  # type: ignore[arg-type]
+    Table(table, axis, group, offset, scales, fit, refits)
     for table, axis, (group, offset, scales, fit, refits) in itertools.product(
         [levels.nf4(), levels.e2m1(), levels.on_a_sphere(3, 64), (-1.0, -0.1, 0.2, 3.0)],
         ["token", "channel"],
@@ -123,8 +123,8 @@ def test_the_log_grid() -> None:
     grid = scale_grid("channel").double()
     torch.testing.assert_close(grid[:-24] / grid[24:], torch.full((232,), 2.0, dtype=torch.float64), rtol=1e-7, atol=0)
     for axis in ("token", "channel"):
-        bounds = scale_bounds(axis, nearest=True)  # type: ignore[arg-type]
-        codes = torch.bucketize(1 / scale_grid(axis), bounds, right=True)  # type: ignore[arg-type]
+        bounds = scale_bounds(axis, nearest=True)
+        codes = torch.bucketize(1 / scale_grid(axis), bounds, right=True)
         assert codes.tolist() == list(range(256))
 
 

@@ -144,7 +144,7 @@ def test_comparison_is_that_of_the_definition() -> None:
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple:  # type: ignore[type-arg]
+def pair() -> tuple:
     """The harness' own class, and ours with the plan `full`, on two equal models; both take 128 tokens."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="needs the extra 'eval'")
     from kvfold.lab.eval.harness import KvfoldLM
@@ -157,7 +157,7 @@ def pair() -> tuple:  # type: ignore[type-arg]
     )
 
 
-def request(kind: str, *arguments: object):  # type: ignore[no-untyped-def]
+def request(kind: str, *arguments: object):
     from lm_eval.api.instance import Instance
 
     return Instance(kind, {}, arguments, 0, ("task", 0, 1))

@@ -44,7 +44,7 @@ CHUNKINGS = [[40], [1, 7, 1, 1, 20, 10], [16, 16, 8]]
 
 def test_every_registered_policy_has_an_example() -> None:
     assert set(EXAMPLES) == set(methods("keep"))
-    assert all(Plan.parse(text).keep.name == name for name, texts in EXAMPLES.items() for text in texts)  # type: ignore[union-attr]
+    assert all(Plan.parse(text).keep.name == name for name, texts in EXAMPLES.items() for text in texts)
 
 
 def _layers(cache: kvfold.KVCache) -> list[LayerCache]:
@@ -211,7 +211,7 @@ def test_budget_is_exact_after_every_chunk(plan: str) -> None:
                     assert all(first <= slot < start for slot in row)
 
 
-def _feed(model, cache, ids, mask, start: int, size: int) -> None:  # type: ignore[no-untyped-def]
+def _feed(model, cache, ids, mask, start: int, size: int) -> None:
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, start : start + size]
     with torch.no_grad():
         model(

@@ -16,9 +16,9 @@ def describe(codec: KVCodec, change: str, value: object) -> None:
     blocks = blocks_of(codec, Case(length=128))
     fields, table = dict(blocks.pool.fields), blocks.pool.table
     if change == "table":
-        table = value(table)  # type: ignore[operator]
+        table = value(table)
     else:
-        fields[change] = value(fields[change])  # type: ignore[operator]
+        fields[change] = value(fields[change])
     cpu.describe_blocks(codec, fields, table, None, 64)
 
 

@@ -38,17 +38,17 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason="installed without a
 
 SETS = list(cpu.available())
 AFFINES = [
-    Affine(bits, axis, group, symmetric, scales)  # type: ignore[arg-type]
+    Affine(bits, axis, group, symmetric, scales)
     for bits, axis, group, symmetric, scales in itertools.product(
         [8, 4, 2], ["token", "channel"], [16, 32, 64, 128], [False, True], ["half", "log8"]
     )
 ]
 OTHERS: list[TensorCodec] = [
     *(DenseCodec(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
-    *(Float8(form, scaled) for form in ("e4m3", "e5m2") for scaled in (True, False)),  # type: ignore[arg-type]
+    *(Float8(form, scaled) for form in ("e4m3", "e5m2") for scaled in (True, False)),
 ]
 TABLES = [
-    Table(table, axis, group, offset, scales)  # type: ignore[arg-type]
+    Table(table, axis, group, offset, scales)
     for table, axis, (group, offset, scales) in itertools.product(
         [levels.nf4(), levels.on_a_sphere(3, 64), (-1.0, -0.1, 0.2, 3.0)],
         ["token", "channel"],
@@ -62,7 +62,7 @@ REPAIRED: list[TensorCodec] = [
     Outliers(Affine(2), Percent(0.01), "token"),
     Outliers(Fitted(3, "channel", 32), Percent(0.01), "channel"),
     Outliers(Table(levels.nf4()), Percent(0.1), "token"),
-    *(Fitted(bits, axis) for bits, axis in ((2, "token"), (3, "token"), (4, "channel"))),  # type: ignore[arg-type]
+    *(Fitted(bits, axis) for bits, axis in ((2, "token"), (3, "token"), (4, "channel"))),
     Residual(Affine(4, "channel"), Subspace(DenseCodec(torch.float16), 4)),
     Residual(Outliers(Affine(2), Percent(0.05), "token"), Subspace(DenseCodec(torch.float16), 9, 128)),
 ]

@@ -13,7 +13,7 @@ from kvfold.site import Site
 from kvfold.store.lorc import LoRC
 
 
-def _codec(plan: str, head_dim: int = 64, num_kv_heads: int = 3):  # type: ignore[no-untyped-def]
+def _codec(plan: str, head_dim: int = 64, num_kv_heads: int = 3):
     return Plan.parse(plan).store.codec(site(head_dim, num_kv_heads=num_kv_heads))
 
 

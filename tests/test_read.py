@@ -120,7 +120,7 @@ def test_no_key_of_a_page_scores_above_its_bound() -> None:
     k = torch.randn(3, 5, 64, 32, generator=generator)
     q = torch.randn(3, 7, 32, generator=generator)
     for page in (16, 32, 64):
-        summary = Quest.summarize(Plan.parse(f"quest(25%, page={page})").read, k, None)  # type: ignore[arg-type]
+        summary = Quest.summarize(Plan.parse(f"quest(25%, page={page})").read, k, None)
         most = bounds(q, summary["page.low"], summary["page.high"])
         scores = torch.einsum("rmd,rctd->rmct", q, k).unflatten(-1, (-1, page)).amax(-1)
         assert (scores <= most + 1e-5).all()
@@ -176,8 +176,8 @@ def test_infllms_scores_are_means_over_later_queries() -> None:
 def test_best_columns_by_hand() -> None:
     present = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
     relevance = torch.tensor([[0.1, 0.9, 0.3, 0.8, 0.0], [0.9, 0.1, 0.2, 5.0, 5.0]])
-    assert best_columns(relevance, present, torch.tensor([3, 2])).tolist() == [[1, 3, 4], [0, 2, -1]]  # type: ignore[union-attr]
-    assert best_columns(relevance, present, torch.tensor([0, -3])).tolist() == [[4], [2]]  # type: ignore[union-attr]
+    assert best_columns(relevance, present, torch.tensor([3, 2])).tolist() == [[1, 3, 4], [0, 2, -1]]
+    assert best_columns(relevance, present, torch.tensor([0, -3])).tolist() == [[4], [2]]
     assert best_columns(relevance, present, torch.tensor([5, 9])) is None
 
 
@@ -191,7 +191,7 @@ def test_long_chunks_read_everything() -> None:
 
 
 @pytest.mark.parametrize("plan", [texts[0] + " | int4" for texts in EXAMPLES.values()])
-def test_beams_crops_resets_and_files(plan: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_beams_crops_resets_and_files(plan: str, tmp_path) -> None:
     model = sharp_model(num_hidden_layers=3)
     cache = kvfold.cache(model, plan)
     rows = tokens(2, 420)

@@ -189,7 +189,7 @@ def test_where_keeps_the_marked_tokens_in_order(counts: list[int], data: st.Data
     for r, n in enumerate(counts):
         wanted = [3 + i for i in range(n) if marks[r][i]]
         assert [s for s in kept.slots[r].tolist() if s >= 0] == wanted
-        assert kept.score[r, : len(wanted)].tolist() == [float(s) for s in wanted]  # type: ignore[index]
+        assert kept.score[r, : len(wanted)].tolist() == [float(s) for s in wanted]
         for i, slot in enumerate(wanted):
             assert torch.equal(kept.k[r, i], run.k[r, slot - 3])
     assert kept.width == max(sum(m[:n]) for m, n in zip(marks, counts, strict=True))

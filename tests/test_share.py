@@ -113,8 +113,8 @@ def _dense(layer: MergedLayer, kept: list[list[int]]) -> LayerView:
     for row, wanted in enumerate(kept):
         place = {slot: i for i, slot in enumerate(slots[row].tolist()) if slot >= 0}
         at = torch.tensor([place[slot] for slot in wanted], dtype=torch.long)
-        view.k.append(k[row, at])  # type: ignore[union-attr]
-        view.v.append(v[row, at])  # type: ignore[union-attr]
+        view.k.append(k[row, at])
+        view.v.append(v[row, at])
     return view
 
 
@@ -275,7 +275,7 @@ def test_a_borrowing_layer_holds_nothing() -> None:
 
 
 @pytest.mark.parametrize("plan", [*MERGED[:4], *BORROWED])
-def test_beams_crops_resets_and_files(plan: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_beams_crops_resets_and_files(plan: str, tmp_path) -> None:
     model = sharp_model(num_hidden_layers=4)
     cache = kvfold.cache(model, plan)
     rows = tokens(2, 260)

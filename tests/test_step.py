@@ -129,7 +129,7 @@ def _calls(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[str]
     for name in ("step", "before_attention"):
         real = getattr(native.DecoderLayer, name)
 
-        def noted(self, *args, _name=name, _real=real):  # type: ignore[no-untyped-def]
+        def noted(self, *args, _name=name, _real=real):
             called.append(_name)
             return _real(self, *args)
 

@@ -14,7 +14,7 @@ from kvfold.store.dense import DenseCodec
 from kvfold.store.subspace import Subspace
 
 
-def _error(codec, x: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def _error(codec, x: torch.Tensor) -> torch.Tensor:
     return (codec.decode(codec.encode(x)) - x).flatten(-2).norm(dim=-1)
 
 

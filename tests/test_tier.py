@@ -157,7 +157,7 @@ def test_bytes_on_disk_are_the_files() -> None:
     model = sharp_model()
     cache = kvfold.cache(model, "int4 | tier(device=64, disk)")
     chunked(model, cache, tokens(1, 600), None, [600])
-    paths = [pool.shelves[DISK].path for pool in pools(cache)]  # type: ignore[attr-defined]
+    paths = [pool.shelves[DISK].path for pool in pools(cache)]
     assert cache.memory().by_tier()["disk"] == sum(path.stat().st_size for path in paths) > 0
     full = kvfold.cache(model, "int4")
     chunked(model, full, tokens(1, 600), None, [600])
@@ -211,7 +211,7 @@ def _replace(path: Path) -> None:
     ids=["flipped bit", "lost", "cut short", "replaced"],
 )
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_damaged_file_is_named_and_the_cache_can_be_used_again(harm, words: str, layer: int) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_file_is_named_and_the_cache_can_be_used_again(harm, words: str, layer: int) -> None:
     model = sharp_model()
     cache = kvfold.cache(model, "int4 | tier(device=64, disk)")
     before = chunked(model, cache, tokens(1, 500), None, [499, 1])
@@ -234,11 +234,11 @@ def _count(stage: Stage) -> list[int]:
     fetched: list[int] = []
     prepared = stage._prepared
 
-    def counted(pool, request):  # type: ignore[no-untyped-def]
+    def counted(pool, request):
         fetched.append(len(request.ids))
         return prepared(pool, request)
 
-    stage._prepared = counted  # type: ignore[method-assign]
+    stage._prepared = counted
     return fetched
 
 
@@ -256,9 +256,9 @@ def test_each_block_is_fetched_once_a_step_and_the_next_layer_ahead(monkeypatch:
     below = [int((pool.where > DEVICE).sum()) for pool in pools(cache)]
     assert below[0] > 2 * 16, "more than one part"
     assert sum(fetched) == steps * sum(below)
-    known, request, _ = stage._ahead  # type: ignore[misc]
+    known, request, _ = stage._ahead
     assert known() is pools(cache)[0]
-    assert request.same(pools(cache)[0].first_request())  # type: ignore[arg-type]
+    assert request.same(pools(cache)[0].first_request())
 
 
 def test_a_read_stage_fetches_only_what_it_reads() -> None:

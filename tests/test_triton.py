@@ -34,14 +34,14 @@ def _kernels_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 AFFINES = [
-    Affine(bits, axis, group, symmetric, scales)  # type: ignore[arg-type]
+    Affine(bits, axis, group, symmetric, scales)
     for bits, axis, (group, symmetric, scales) in itertools.product(
         [8, 4, 2], ["token", "channel"], [(16, False, "half"), (32, True, "log8"), (64, False, "log8"), (128, True, "half")]
     )
 ]
 OTHERS: list[TensorCodec] = [
     *(DenseCodec(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
-    *(Float8(form, scaled) for form in ("e4m3", "e5m2") for scaled in (True, False)),  # type: ignore[arg-type]
+    *(Float8(form, scaled) for form in ("e4m3", "e5m2") for scaled in (True, False)),
 ]
 
 

@@ -12,7 +12,7 @@ from kvfold.store.affine import Affine
 from kvfold.store.fitted import Fitted
 
 
-def _codec(plan: str, head_dim: int):  # type: ignore[no-untyped-def]
+def _codec(plan: str, head_dim: int):
     return Plan.parse(plan).store.codec(Site(head_dim)).k
 
 
@@ -54,7 +54,7 @@ def test_fitting_levels_lowers_the_error(bits: int, axis: str) -> None:
     x = values("normal", 6, 64, 64).pow(3)  # far from normal
     errors = []
     for rounds in (0, 1, 6, 20):
-        codec = Fitted(bits, axis, rounds=rounds)  # type: ignore[arg-type]
+        codec = Fitted(bits, axis, rounds=rounds)
         errors.append(float((codec.decode(codec.encode(x)) - x).square().mean()))
     assert errors[1] < errors[0]
     assert errors[2] < errors[1]
@@ -66,7 +66,7 @@ def test_what_takes_few_values_is_kept(axis: str) -> None:
     generator = torch.Generator().manual_seed(0)
     values_of_a_line = torch.tensor([-1.0, -0.2, 0.4, 1.0])
     x = values_of_a_line[torch.randint(4, (3, 64, 64), generator=generator)]
-    codec = Fitted(2, axis, scales="half")  # type: ignore[arg-type]
+    codec = Fitted(2, axis, scales="half")
     torch.testing.assert_close(codec.decode(codec.encode(x)), x, atol=2e-3, rtol=0)
 
 

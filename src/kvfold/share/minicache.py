@@ -27,7 +27,7 @@ from kvfold.errors import PlanError
 from kvfold.percent import Percent
 from kvfold.registry import register
 from kvfold.share.base import Sharing
-from kvfold.store.base import Fields, KVCodec, TensorCodec
+from kvfold.store.base import AroundCodec, Fields, KVCodec
 
 
 @register("share", "minicache")
@@ -35,9 +35,9 @@ from kvfold.store.base import Fields, KVCodec, TensorCodec
 class MiniCache(Sharing):
     """Pairs of layers from `start` on are merged, but for the share `keep` of the tokens."""
 
-    start: Percent = Percent(0.5)  # noqa: RUF009  (frozen)
-    keep: Percent = Percent(0.05)  # noqa: RUF009
-    weight: Percent = Percent(0.6)  # noqa: RUF009
+    start: Percent = Percent(0.5)
+    keep: Percent = Percent(0.05)
+    weight: Percent = Percent(0.6)
     merges: ClassVar[bool] = True
 
     @property
@@ -70,23 +70,14 @@ def slerp(x: torch.Tensor, y: torch.Tensor, weight: float) -> tuple[torch.Tensor
 
 
 @dataclass(frozen=True)
-class Directions(TensorCodec):
+class Directions(AroundCodec):
     """`inner` over directions, with two magnitudes a token: fields `norm0`, `norm1 [..., T] float16`.
 
     What is encoded is `[..., T, D + 2]`, the magnitudes behind the direction; what is read are the vectors of layer `side`.
     """
 
-    inner: TensorCodec
     head_dim: int
     side: Literal[0, 1] = 0
-
-    @property
-    def unit(self) -> Literal["token", "block"]:
-        return self.inner.unit
-
-    @property
-    def block(self) -> int:
-        return self.inner.block
 
     def encode(self, x: torch.Tensor) -> Fields:
         norms = x[..., self.head_dim :].float().clamp(0, torch.finfo(torch.float16).max).half()
@@ -101,12 +92,6 @@ class Directions(TensorCodec):
 
     def combine(self, p: torch.Tensor, fields: Fields) -> torch.Tensor:
         return self.inner.combine(p * self._norm(fields), fields)
-
-    def fold_query(self, q: torch.Tensor) -> torch.Tensor:
-        return self.inner.fold_query(q)
-
-    def unfold_output(self, out: torch.Tensor) -> torch.Tensor:
-        return self.inner.unfold_output(out)
 
     def _norm(self, fields: Fields) -> torch.Tensor:
         return fields[f"norm{self.side}"].float().unsqueeze(-2)

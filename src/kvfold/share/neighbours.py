@@ -22,7 +22,7 @@ from kvfold.share.base import Sharing
 class Share(Sharing):
     """Groups of `every` layers hold the keys and values of their first one."""
 
-    start: Percent = Percent(0.5)  # noqa: RUF009  (frozen)
+    start: Percent = Percent(0.5)
     every: int = 2
     merges: ClassVar[bool] = False
 

@@ -68,6 +68,27 @@ class TensorCodec(ABC):
         return out
 
 
+@dataclass(frozen=True, eq=False)
+class AroundCodec(TensorCodec):
+    """A codec that hands what it makes of vectors to another one, `inner`, and takes its blocks and what it folds."""
+
+    inner: TensorCodec
+
+    @property
+    def unit(self) -> Literal["token", "block"]:
+        return self.inner.unit
+
+    @property
+    def block(self) -> int:
+        return self.inner.block
+
+    def fold_query(self, q: torch.Tensor) -> torch.Tensor:
+        return self.inner.fold_query(q)
+
+    def unfold_output(self, out: torch.Tensor) -> torch.Tensor:
+        return self.inner.unfold_output(out)
+
+
 class PositionalCodec(TensorCodec):
     """A codec that has to know at which position each vector stands, and keeps it as a field. Its unit is the token."""
 
@@ -127,13 +148,21 @@ def part(name: str, fields: Fields) -> Fields:
 class Store(ABC):
     """The store stage of a plan. Subclasses are frozen dataclasses; their fields are the plan's arguments.
 
-    `sink` and `window` are the tokens that this method itself wants dense (the first ones, the last ones);
-    `protect(...)` in a plan replaces them.
+    `sink` and `window`, fields or made from others, are what this method itself wants dense; `protect(...)` in a plan replaces
+    them.
     """
 
     name: ClassVar[str]
-    sink: int
-    window: int
+
+    @property
+    @abstractmethod
+    def sink(self) -> int:
+        """The first tokens that stay dense."""
+
+    @property
+    @abstractmethod
+    def window(self) -> int:
+        """The last tokens that stay dense."""
 
     @abstractmethod
     def codec(self, site: Site) -> KVCodec:
@@ -153,11 +182,11 @@ class AroundStore(Store):
     codes: Store
 
     @property
-    def sink(self) -> int:  # type: ignore[override]
+    def sink(self) -> int:
         return self.codes.sink
 
     @property
-    def window(self) -> int:  # type: ignore[override]
+    def window(self) -> int:
         return self.codes.window
 
     def check(self) -> None:

@@ -14,7 +14,6 @@ slowly they do without this; docs/log.md compares.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
@@ -22,12 +21,12 @@ from kvfold.errors import PlanError
 from kvfold.registry import register
 from kvfold.rope import Rope
 from kvfold.site import Site
-from kvfold.store.base import AroundStore, Fields, KVCodec, PositionalCodec, Store, TensorCodec, join, part
+from kvfold.store.base import AroundCodec, AroundStore, Fields, KVCodec, PositionalCodec, Store, join, part
 from kvfold.store.integer import Int4
 
 
 @dataclass(frozen=True, eq=False)
-class WithoutBias(PositionalCodec):
+class WithoutBias(AroundCodec, PositionalCodec):
     """Keys as `inner` holds their differences to a bias that turns with their positions.
 
     Fields: inner's as `d.*`, and `position [..., T, 1] int32`.
@@ -38,17 +37,8 @@ class WithoutBias(PositionalCodec):
         bias: `[Hkv, D]`, the model's own tensor, so that it is not counted here; row r of a field belongs to head r modulo Hkv.
     """
 
-    inner: TensorCodec
     bias: torch.Tensor
     rope: Rope
-
-    @property
-    def unit(self) -> Literal["token", "block"]:
-        return self.inner.unit
-
-    @property
-    def block(self) -> int:
-        return self.inner.block
 
     def encode_at(self, x: torch.Tensor, positions: torch.Tensor) -> Fields:
         positions = positions.expand(x.shape[:-1]).int()
@@ -68,6 +58,9 @@ class WithoutBias(PositionalCodec):
     def fold_query(self, q: torch.Tensor) -> torch.Tensor:
         """Side by side: what the codes want, and the query as it was, for the bias."""
         return torch.cat([self.inner.fold_query(q), q], -1)
+
+    def unfold_output(self, out: torch.Tensor) -> torch.Tensor:
+        return out  # decoded before they were added up
 
     def _turned(self, positions: torch.Tensor) -> torch.Tensor:
         """`R(pos) b`: `[R, ..., T] int` to `[R, ..., T, D] float32`."""

@@ -29,7 +29,7 @@ class Kivi(Store):
     sink: int = 0
 
     @property
-    def window(self) -> int:  # type: ignore[override]
+    def window(self) -> int:
         return self.residual
 
     def codec(self, site: Site) -> KVCodec:

@@ -29,7 +29,7 @@ from kvfold.registry import register
 from kvfold.rope import Rope
 from kvfold.site import Site
 from kvfold.store.affine import Affine
-from kvfold.store.base import Fields, KVCodec, PositionalCodec, Store, TensorCodec, join, part
+from kvfold.store.base import AroundCodec, Fields, KVCodec, PositionalCodec, Store, join, part
 from kvfold.store.dense import DenseCodec
 
 _MOST, _LEAST = Percent(0.75), Percent(0.5)
@@ -78,7 +78,7 @@ class Subspaces:
 
 
 @dataclass(frozen=True, eq=False)
-class LatentValues(TensorCodec):
+class LatentValues(AroundCodec):
     """Vectors as coordinates in their head's subspace, which `inner` holds.
 
     Fields: inner's, for vectors of r numbers.
@@ -86,12 +86,7 @@ class LatentValues(TensorCodec):
     Round trip: with exact coordinates, the part of x - b outside of the subspace is lost and nothing else.
     """
 
-    inner: TensorCodec
     subspaces: Subspaces
-
-    @property
-    def unit(self) -> Literal["token", "block"]:
-        return self.inner.unit
 
     def encode(self, x: torch.Tensor) -> Fields:
         return self.inner.encode(self.subspaces.project(x.float()))
@@ -114,7 +109,7 @@ class LatentValues(TensorCodec):
 
 
 @dataclass(frozen=True, eq=False)
-class LatentKeys(PositionalCodec):
+class LatentKeys(AroundCodec, PositionalCodec):
     """Keys turned back to position 0, as coordinates in their head's subspace.
 
     Fields: inner's for vectors of r numbers as `z.*`, and `position [..., T, 1] int32`.
@@ -122,13 +117,8 @@ class LatentKeys(PositionalCodec):
     Round trip: as LatentValues', on the key before its rotation.
     """
 
-    inner: TensorCodec
     subspaces: Subspaces
     rope: Rope
-
-    @property
-    def unit(self) -> Literal["token", "block"]:
-        return self.inner.unit
 
     def encode_at(self, x: torch.Tensor, positions: torch.Tensor) -> Fields:
         positions = positions.expand(x.shape[:-1])

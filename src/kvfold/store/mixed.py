@@ -22,11 +22,11 @@ class Mixed(Store):
     v: Store = field(default_factory=Int4)
 
     @property
-    def sink(self) -> int:  # type: ignore[override]
+    def sink(self) -> int:
         return max(self.k.sink, self.v.sink)
 
     @property
-    def window(self) -> int:  # type: ignore[override]
+    def window(self) -> int:
         return max(self.k.window, self.v.window)
 
     def check(self) -> None:

@@ -16,14 +16,14 @@ from typing import Literal
 import torch
 
 from kvfold.percent import Percent
-from kvfold.store.base import Fields, TensorCodec, join, part
+from kvfold.store.base import AroundCodec, Fields, join, part
 from kvfold.store.scales import Axis, half
 
 ONE_PERCENT = Percent(0.01)
 
 
 @dataclass(frozen=True)
-class Outliers(TensorCodec):
+class Outliers(AroundCodec):
     """`inner` over vectors without their outliers, and these in half precision.
 
     Args:
@@ -37,17 +37,12 @@ class Outliers(TensorCodec):
     Round trip: as inner's on what is left; in the outliers' places within 2^-11 of what inner misses there.
     """
 
-    inner: TensorCodec
     share: Percent
     axis: Axis
 
     @property
     def unit(self) -> Literal["token", "block"]:
         return "token" if self.axis == "token" and self.inner.unit == "token" else "block"
-
-    @property
-    def block(self) -> int:
-        return self.inner.block
 
     def encode(self, x: torch.Tensor) -> Fields:
         x = x.float()

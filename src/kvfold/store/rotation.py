@@ -15,24 +15,15 @@ from typing import Literal
 
 import torch
 
-from kvfold.store.base import Fields, TensorCodec
+from kvfold.store.base import AroundCodec, Fields
 
 
 @dataclass(frozen=True)
-class Rotated(TensorCodec):
+class Rotated(AroundCodec):
     """`inner` over vectors rotated by `hadamard(head_dim)` or `random_rotation(head_dim)`."""
 
-    inner: TensorCodec
     head_dim: int
     rotation: Literal["hadamard", "random"] = "hadamard"
-
-    @property
-    def unit(self) -> Literal["token", "block"]:
-        return self.inner.unit
-
-    @property
-    def block(self) -> int:
-        return self.inner.block
 
     def matrix(self) -> torch.Tensor:
         """The rotation, `[D, D] float32`: made once, never freed."""

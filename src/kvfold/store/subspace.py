@@ -9,14 +9,14 @@ from typing import Literal
 
 import torch
 
-from kvfold.store.base import Fields, TensorCodec, join, part
+from kvfold.store.base import AroundCodec, Fields, join, part
 
 _ROUNDS = 4
 """Rounds of subspace iteration: errors come within 5 % of the best ones on blocks without structure, and nearer on others."""
 
 
 @dataclass(frozen=True)
-class Subspace(TensorCodec):
+class Subspace(AroundCodec):
     """The block's best `rank` directions, and what `inner` makes of the coordinates.
 
     Args:
@@ -30,7 +30,6 @@ class Subspace(TensorCodec):
     exact coordinates little more.
     """
 
-    inner: TensorCodec
     rank: int
     tokens: int = 64
 

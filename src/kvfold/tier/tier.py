@@ -13,7 +13,7 @@ section 4, is the model of such a hierarchy.
 Files lie below the system's folder for temporary files; where that is in memory, set TMPDIR to a folder on a disk.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from kvfold.budget import Budget, Room
@@ -28,8 +28,8 @@ class Tier:
 
     name: ClassVar[str]
     device: Budget
-    host: Room = Room()  # noqa: RUF009  (frozen)
-    disk: Room = Room()  # noqa: RUF009
+    host: Room = field(default_factory=Room)
+    disk: Room = field(default_factory=Room)
 
     def check(self) -> None:
         if not (self.host.used or self.disk.used):
