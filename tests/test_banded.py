@@ -12,7 +12,7 @@ import kvfold
 from kvfold.calibration import Calibration, load_calibration
 from kvfold.errors import FileError, ModelError, PlanError
 from kvfold.frame import Frame
-from kvfold.lab.calibrate import calibrate
+from kvfold.lab.calibrate import calibrate, shifts
 from kvfold.models.layer import calibration_path
 from kvfold.store.allocation import allocate, even, outlier_bits
 from kvfold.store.bands import Bands, distortion, normal_levels
@@ -177,20 +177,34 @@ def test_a_calibration_leaves_the_model_as_it_was(texts) -> None:
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+def _spread(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """The covariance of `vectors [H, 5 * 64, D]` within 64 tokens, in the coordinates of a basis."""
+    x = (vectors.double() @ basis.double()).unflatten(1, (5, 64))
+    x = (x - x.mean(2, keepdim=True)).flatten(1, 2)
+    return x.mT @ x / x.shape[1]
+
+
 def test_coordinates_are_uncorrelated_and_ordered(calibrated, texts) -> None:
+    """Those of values in the texts themselves, those of keys on average over the positions where texts may begin."""
     model, calibration = calibrated
     layers, heads, head_dim = calibration.k_origin.shape
     assert (layers, heads, head_dim) == (2, 2, 16)
-    within = torch.zeros(heads, head_dim, head_dim, dtype=torch.float64)
-    num = 0
-    for ids in texts:
-        cache = model(ids[None], use_cache=True).past_key_values
-        k = cache.layers[1].keys[0, :, 4 : 4 + 64 * 5].detach().double()
-        turned = (k @ calibration.k_basis[1].double()).unflatten(1, (5, 64))
-        turned = (turned - turned.mean(2, keepdim=True)).flatten(1, 2)
-        within += turned.mT @ turned
-        num += turned.shape[1]
-    torch.testing.assert_close(within / num, torch.eye(head_dim, dtype=torch.float64).expand(heads, -1, -1), rtol=0, atol=0.02)
+    eye = torch.eye(head_dim, dtype=torch.float64).expand(heads, -1, -1)
+    longest = model.config.max_position_embeddings
+    assert calibration.positions.tolist() == [longest]
+    k_spread, v_spread = torch.zeros_like(eye), torch.zeros_like(eye)
+    starts = shifts(longest)
+    assert starts[-1] == longest
+    with torch.no_grad():
+        for ids in texts:
+            for start in starts:
+                layer = model(
+                    ids[None, : 4 + 64 * 5], position_ids=start + torch.arange(4 + 64 * 5)[None]
+                ).past_key_values.layers[1]
+                k_spread += _spread(layer.keys[0, :, 4:], calibration.k_basis[1])
+            v_spread += _spread(layer.values[0, :, 4:], calibration.v_basis[1])
+    torch.testing.assert_close(k_spread / len(texts) / len(starts), eye, rtol=0, atol=0.02)
+    torch.testing.assert_close(v_spread / len(texts), eye, rtol=0, atol=0.02)
     for loss in (calibration.k_loss, calibration.v_loss):
         assert (loss.diff(dim=-1) <= 0).all()
         assert (loss > 0).all()

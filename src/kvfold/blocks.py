@@ -4,7 +4,7 @@ import torch
 
 from kvfold.attention import dispatch
 from kvfold.block_reader import BlockReader
-from kvfold.segment import Run
+from kvfold.segment import Run, join
 from kvfold.store.base import Fields
 
 
@@ -16,7 +16,7 @@ class Blocks(BlockReader):
     first.
 
     A codec whose unit is the token moves tokens between blocks without loss. One whose unit is the block (K per
-    channel) encodes whole blocks; when enough holes have come together, the emptiest blocks are decoded, merged and
+    channel) encodes whole blocks; when enough holes have come together, new tokens fill them, and their blocks are
     encoded again.
 
     With `summarize` every block is written as a whole, together with what a read stage wants to know of it.
@@ -76,7 +76,7 @@ class Blocks(BlockReader):
             return
         for row, (num_tokens, num_blocks) in enumerate(zip(self.lengths, self.pool.num_blocks(), strict=True)):
             if num_blocks > -(-num_tokens // self.pool.block):
-                self._merge(row, None)
+                self._merge(row)
         self.pool.shrink()
 
     def crop(self, end: int) -> Run | None:
@@ -171,9 +171,9 @@ class Blocks(BlockReader):
     def _note(self, addresses: torch.Tensor, slots: torch.Tensor, score: torch.Tensor | None) -> None:
         """Writes the slots and scores of new tokens, where they are kept."""
         if self.pool.has_slots:
-            self.pool.slots.view(-1)[addresses] = slots.int()
+            self.pool.slots.view(-1)[addresses] = slots.flatten().int()
         if self.pool.scored and score is not None:
-            self.pool.score.view(-1)[addresses] = score
+            self.pool.score.view(-1)[addresses] = score.flatten()
 
     def _next_places(self, counts: torch.Tensor, width: int) -> torch.Tensor:
         """`[R, width]`: the places after the last token of each row, for `counts [R]` new ones."""
@@ -253,51 +253,77 @@ class Blocks(BlockReader):
             fields |= self.summarize(k, None if score is None else score.reshape(rows, -1, block))
         return fields
 
-    def _merge(self, row: int, fresh: Run | None) -> None:
-        """Brings a row's tokens and `fresh` ones into as few blocks as can be, by rewriting only the emptiest blocks."""
+    def _merge(self, row: int, fresh: Run | None = None) -> None:
+        """Brings a row's tokens and `fresh` ones into as few blocks as can be.
+
+        Where there are more blocks than needed, the emptiest are given back and their tokens come along as fresh ones. These
+        fill new blocks where more are needed, and then the holes of those that have most.
+        """
         pool = self.pool
         pool.own()
-        ids = [i for i in pool.table[row].tolist() if i >= 0]
-        index = torch.tensor(ids, dtype=torch.long, device=pool.device)
-        live = (pool.slots[index] >= 0).sum(1).tolist() if ids else []
+        ids = pool.table[row, : pool.num_blocks()[row]]
+        live = (pool.slots[ids] >= 0).sum(1)
         num_fresh = fresh.width if fresh is not None else 0
-        extra = -(-(sum(live) + num_fresh) // pool.block) - len(ids)
-        chosen: list[int] = []
-        load = num_fresh
-        for i in sorted(range(len(ids)), key=live.__getitem__):
-            if load <= pool.block * (len(chosen) + extra):
-                break
-            chosen.append(i)
-            load += live[i]
-        freed = [ids[i] for i in chosen]
-        old = torch.tensor(freed, dtype=torch.long, device=pool.device)
-        places = (old[:, None] * pool.block + torch.arange(pool.block, device=pool.device)).flatten()
-        places = places[pool.slots.view(-1)[places] >= 0]
-        slots = pool.slots.view(-1)[places]
-        score = pool.score.view(-1)[places] if pool.scored else None
-        if not len(places) and fresh is None:
-            pool.replace_row_blocks(row, freed, 0)
-            return
+        num_new = -(-(int(live.sum()) + num_fresh) // pool.block) - len(ids)
+        released = ids[live.argsort(stable=True)[: max(0, -num_new)]]
+        moved = self._addresses(released)
+        slots, score = pool.slots.view(-1)[moved], pool.score.view(-1)[moved] if pool.scored else None
         if self.unit == "token":
             assert fresh is None
-            moved = pool.read_tokens(places)
-            pool.replace_row_blocks(row, freed, -(-len(places) // pool.block))
-            target = pool.tail_places(row, len(places))
-            pool.write_tokens(target, moved)
-        else:
-            parts = [self._decode_places(places)] if len(places) else []
-            if fresh is not None:
-                parts.append((fresh.k[0].float(), fresh.v[0].float()))
-                slots = torch.cat([slots, fresh.slots[0]])
-                if score is not None and fresh.score is not None:
-                    score = torch.cat([score, fresh.score[0]])
-            k, v = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-            order = slots.argsort()
-            slots = slots[order]
-            score = None if score is None else score[order]
-            of_row = None if score is None else score[None]
-            encoded = self._encode_blocks(k[None, order], v[None, order], of_row)
-            pool.replace_row_blocks(row, freed, 0)
-            pool.append_row_blocks(row, encoded)
-            target = pool.tail_places(row, len(slots))
-        self._note(target, slots, score)
+            fields = pool.read_tokens(moved)
+            pool.replace_row_blocks(row, released.tolist(), 0)
+            target = self._holes(row, len(moved))
+            pool.write_tokens(target, fields)
+            self._note(target, slots, score)
+            return
+        if len(moved):
+            k, v = self._decode_places(moved)
+            old = Run(k[None], v[None], slots[None], None if score is None else score[None])
+            fresh = old if fresh is None else join(old, fresh)
+        pool.replace_row_blocks(row, released.tolist(), 0)
+        if fresh is None:
+            return
+        in_new, in_holes = fresh.split(torch.tensor([pool.block * max(0, num_new)], device=pool.device))
+        if in_new.width:
+            pool.append_row_blocks(row, self._encode_blocks(in_new.k, in_new.v, in_new.score))
+            self._note(pool.tail_places(row, in_new.width), in_new.slots, in_new.score)
+        if in_holes.width:
+            holes = self._holes(row, in_holes.width)
+            self._rewrite(holes, in_holes)
+            self._note(holes, in_holes.slots, in_holes.score)
+
+    def _addresses(self, ids: torch.Tensor) -> torch.Tensor:
+        """Where the tokens of the blocks `ids [n]` are."""
+        block, offset = torch.nonzero(self.pool.slots[ids] >= 0, as_tuple=True)
+        return ids[block] * self.pool.block + offset
+
+    def _holes(self, row: int, num: int) -> torch.Tensor:
+        """`num` addresses without a token, in as few of a row's blocks as can be."""
+        pool = self.pool
+        ids = pool.table[row, : pool.num_blocks()[row]]
+        free = pool.slots[ids] < 0
+        order = free.sum(1).argsort(descending=True, stable=True)
+        block, offset = torch.nonzero(free[order], as_tuple=True)
+        return (ids[order[block]] * pool.block + offset)[:num]
+
+    def _rewrite(self, addresses: torch.Tensor, run: Run) -> None:
+        """Encodes blocks anew with the tokens of a run of one row at `addresses [N]`, and all other places as they are.
+
+        A channel whose least and largest numbers are still those of before has the same scale, so that codes of other tokens
+        come out as they were. For this, places that have lost their token go on holding it until they find another. What a
+        codec holds token by token is not encoded again at all.
+        """
+        pool = self.pool
+        ids, inverse = (addresses // pool.block).unique(return_inverse=True)
+        at = inverse * pool.block + addresses % pool.block
+        before = pool.read(ids)
+        decoded = (x.flatten(0, 1) for x in self.codec.decode(before))
+        k, v = (x.index_copy(0, at, new[0].float()) for x, new in zip(decoded, (run.k, run.v), strict=True))
+        score = None if run.score is None else pool.score[ids].flatten().index_copy(0, at, run.score[0])[None]
+        fields = {name: x[0] for name, x in self._encode_blocks(k[None], v[None], score).items()}
+        changed = torch.zeros(len(k), dtype=torch.bool, device=pool.device).index_fill(0, at, True).view(-1, pool.block)
+        for side, codec in (("k.", self.codec.k), ("v.", self.codec.v)):
+            for name in [name for name in fields if name.startswith(side) and codec.unit == "token"]:
+                of_token = changed.view(*changed.shape, *[1] * (fields[name].dim() - 2))
+                fields[name] = torch.where(of_token, fields[name], before[name])
+        pool.write(ids, fields)

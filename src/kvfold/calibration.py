@@ -26,6 +26,7 @@ class Calibration:
             the others, in the tokens it was made of.
         k_loss, v_loss: `[L, D] float32`, by the same order: what is lost where coordinate c is left out in every token, summed
             over heads, up to a factor that all have in common.
+        positions: `[1] long`, the longest context that it was made for.
     """
 
     k_origin: torch.Tensor
@@ -34,6 +35,7 @@ class Calibration:
     v_origin: torch.Tensor
     v_basis: torch.Tensor
     v_loss: torch.Tensor
+    positions: torch.Tensor
 
     def frame(self, layer: int) -> Frame:
         return Frame.of(self.k_origin[layer], self.k_basis[layer], self.v_origin[layer], self.v_basis[layer])

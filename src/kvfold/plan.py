@@ -158,10 +158,6 @@ class Plan:
         for name, example in (("protect", "protect"), ("hybrid", "hybrid"), ("layers", "layers(0=int8)")):
             if name in parts and "store" not in parts:
                 raise PlanError(f"'{name}' needs a codec to its right, as in '{example} | int4'")
-        if (keep := parts.get("keep")) and (protect := parts.get("protect")):
-            limit = keep.budget
-            if limit.unit == "tokens" and max(protect.sink, keep.sink) >= limit.value:
-                raise PlanError(f"protect(sink={protect.sink}) leaves nothing of a budget of {limit} for other tokens")
         plan = Plan(calls, **parts)
         plan._check_together()
         return plan
@@ -178,6 +174,10 @@ class Plan:
         """Raises PlanError for stages that can't be in one plan."""
         if self.keep and self.read:
             raise PlanError(f"'{self.keep.name}' drops tokens and '{self.read.name}' reads a part of all: choose one of them")
+        if (keep := self.keep) and keep.budget.unit == "tokens":
+            sink = self._sink(self.store, keep, None)
+            if keep.budget.value <= sink:
+                raise PlanError(f"{keep.name}: a budget of {keep.budget} leaves nothing beside {sink} dense sinks")
         if (keep := self.keep) and keep.budget.unit == "bytes" and len(keep.layers.weights) > 1 and self.hybrid:
             raise PlanError(
                 f"{keep.name}: layers={keep.layers} splits {keep.budget} by what a token costs, which hybrid changes"
@@ -208,13 +208,17 @@ class Plan:
         if keep:
             keep.layers.over(num_layers)  # says so where there are too many weights
         read = self.read if self.read and index >= self.read.skip else None
-        # A codec's own wish for dense sinks must not turn an eviction policy into one that keeps sinks.
-        sink = keep.sink if keep else max(store.sink, read.sink if read else 0)
-        window = store.window
-        if self.protect:
-            sink = max(keep.sink if keep else 0, read.sink if read else 0, self.protect.sink)
-            window = self.protect.window
-        return LayerPlan(keep, store, sink, window, read, self.tier)
+        window = (self.protect or store).window
+        return LayerPlan(keep, store, self._sink(store, keep, read), window, read, self.tier)
+
+    def _sink(self, store: Store, keep: Keep | None, read: Read | None) -> int:
+        """The first tokens that a layer holds dense for ever: what any stage wants, `protect` instead of the codec.
+
+        A window is exactly that, whatever codec it has; every other policy pins what the codec wants to stay dense.
+        """
+        if keep and keep.strict and not self.protect:
+            return keep.sink
+        return max((self.protect or store).sink, keep.sink if keep else 0, read.sink if read else 0)
 
     def groups(self, num_layers: int) -> list[tuple[int, ...]]:
         """Layers that share one cache, the first of each group first. Those with a codec of their own stay alone."""

@@ -64,7 +64,7 @@ class Expected(Keep):
 
     def learn(self, q: torch.Tensor, positions: torch.Tensor, ctx: KeepContext) -> None:
         # The first queries are outliers, as their keys are; the authors leave them out as well.
-        counts = (positions >= self.sink).float()
+        counts = (positions >= ctx.num_sinks).float()
         q = _rope(ctx).rotate(q, -positions[:, None]) * counts[:, None, :, None]
         ctx.state["num_queries"] += counts.sum(1)
         ctx.state["q_sum"] += q.sum(2)

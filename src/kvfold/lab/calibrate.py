@@ -12,6 +12,10 @@ errors of tokens as independent, with p the probabilities, dp their gradients an
 
 summed over the query heads of a group. That is far less noisy than the covariance of the gradients of keys and values
 themselves, which a handful of tokens makes up (docs/log.md).
+
+Texts are shorter than the contexts that a model takes, and RoPE goes on turning keys: coordinates of the first 1500 positions
+are useless at the 4000th (docs/log.md). As positions change keys and queries by that rotation alone, C and F are also known
+where no text was read, R^T C R and R^T F R, and the coordinates are made of their means over the whole context.
 """
 
 import math
@@ -29,6 +33,7 @@ from kvfold.calibration import Calibration
 from kvfold.errors import ModelError
 from kvfold.lab.text import wikipedia_articles
 from kvfold.models.adapter import check_model, sliding_windows
+from kvfold.models.layer import ModelLayer
 
 _NAME = "kvfold-calibration"
 _RECENT = 32
@@ -42,6 +47,10 @@ _REGULAR = 1e-2
 TITLES = ("Anatomy", "Albert Einstein", "Alkane", "Alaska", "Arthur Schopenhauer", "Asphalt", "Algorithm", "Anarchism")
 """Wikipedia articles to calibrate on. Plans are judged by others (the longest one, in tests and demo)."""
 NUM_TOKENS = 1536
+_LONGEST = 8192
+"""The context of a model that does not say."""
+_NUM_SHIFTS = 64
+_SHORTEST_SHIFT = 64
 
 
 def default_texts(tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
@@ -94,8 +103,11 @@ def calibrate(
                 _add(sums, index, layer)
         if on_text:
             on_text(done / len(texts))
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or _LONGEST
+    for index in served:
+        sums[index, "k"] = _over_positions(sums[index, "k"], ModelLayer(model, index), longest)
     sides = {name: [_coordinates(sums[i, name]) for i in served] for name in ("k", "v")}
-    named = {}
+    named = {"positions": torch.tensor([longest])}
     for name, layers in sides.items():
         for part, tensors in zip(("origin", "basis", "loss"), zip(*layers, strict=True), strict=True):
             named[f"{name}_{part}"] = torch.stack(tensors).float()
@@ -182,6 +194,27 @@ def _losses(layer: _Layer) -> tuple[torch.Tensor, torch.Tensor]:
         k_loss[head] += (q * (ds * encoded).square().sum(-1, keepdim=True)).mT @ q
         v_loss[head] += (gradient * (p * encoded).square().sum(-1, keepdim=True)).mT @ gradient
     return k_loss, v_loss
+
+
+def shifts(longest: int) -> torch.Tensor:
+    """Where texts might begin, `[S] long`: evenly on a logarithmic scale, as contexts of all lengths matter alike."""
+    ends = math.log2(_SHORTEST_SHIFT), math.log2(max(longest, _SHORTEST_SHIFT))
+    return torch.logspace(*ends, _NUM_SHIFTS, base=2, dtype=torch.float64).round().long()
+
+
+def _over_positions(sums: _Sums, layer: ModelLayer, longest: int) -> _Sums:
+    """Means over texts that begin at other positions; where the model's rotation is not known, what was read."""
+    try:
+        rope = layer.rope()
+    except ModelError:
+        return sums
+    eye = torch.eye(sums.x.shape[-1], dtype=torch.float64)
+    r = rope.rotate(eye.expand(_NUM_SHIFTS, -1, -1), shifts(longest)[:, None]).to(sums.x.device)  # x turned is x @ r
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("sij,hik,skl->hjl", r, x, r) / _NUM_SHIFTS
+
+    return _Sums(sums.num, sums.x @ r.mean(0), turned(sums.within), turned(sums.loss))
 
 
 def _coordinates(sums: _Sums) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
