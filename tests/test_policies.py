@@ -88,7 +88,7 @@ def test_tova_keeps_what_the_last_query_looks_at() -> None:
 def test_snapkv_pools_what_its_window_looks_at(pool: str, how: str) -> None:
     ids = tokens(2, 50)
     attentions, _ = _eager_attention(ids)
-    kept = _kept_after_one_chunk(f"snapkv(24, window=8, kernel=5, pool={pool}, group={how})", ids)
+    kept = _kept_after_one_chunk(f"snapkv(24, window=8, kernel=5, sink=0, pool={pool}, group={how})", ids)
     for layer, attention in enumerate(attentions):
         score = _reduced(attention[:, :, -8:].sum(2), how).flatten(0, 1)
         if pool == "max":

@@ -8,8 +8,9 @@ the attention of the last `window` queries is summed for each earlier token, smo
 
 Differs from the paper: prompts are read in chunks, each observed by its own last queries, so that memory is bounded;
 while text is generated (the paper keeps all of it) the observation slides on: each new query adds its attention and
-the older ones fade by 1/window. Scores belong to KV heads, the mean over the group or `group=max`. The paper's
-repository pools by average or maximum; `pool` names it.
+the older ones fade by 1/window. 4 sinks are pinned: where a text begins with few tokens, `window` of them fill a budget that
+is a share, and the first ones would be gone for ever (docs/log.md). Scores belong to KV heads, the mean over the group or
+`group=max`. The paper's repository pools by average or maximum; `pool` names it.
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class SnapKV(Keep):
     window: int = 32
     kernel: int = 7
     pool: Literal["max", "mean"] = "max"
-    sink: int = 0
+    sink: int = 4
     group: GroupReduce = "mean"
     heads: HeadSplit = "uniform"
     layers: LayerSplit = UNIFORM

@@ -79,7 +79,7 @@ _SCORE_HEADINGS = (
     Heading("p", True, "", "McNemar's exact test: plan and full cache are right equally often"),
     Heading("KL", True, "less", "mean KL divergence of answer tokens from the full cache's, nats a token"),
     Heading("top-1 %", True, "more", "share of answer tokens with the full cache's top token"),
-    Heading("KV MiB", True, "less", "mean of the largest cache while a question is answered"),
+    Heading("KV MiB", True, "less", "mean of the largest cache while a question is answered, dense tokens with 16 bits"),
     Heading("× smaller", True, "more", "than K and V of all tokens seen in 16 bits"),
     Heading("s/item", True, "less", "mean time to answer"),
 )

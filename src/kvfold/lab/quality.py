@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from kvfold.files import explain
 from kvfold.kv_cache import KVCache
 from kvfold.lab.generate import prefill
-from kvfold.lab.measure import num_full_elements
+from kvfold.lab.measure import nbytes_in_16_bits, num_full_elements
 from kvfold.models.adapter import cache as make_cache
 from kvfold.plan import Plan
 
@@ -57,7 +57,7 @@ class Quality:
         perplexity: of the streamed tokens but the first, as in `Reference`.
         perplexity_full: the same of the full cache.
         continuation: greedy tokens after the text.
-        kv_bytes: the cache's bytes after the last token of the text.
+        kv_bytes: the cache's bytes after the last token of the text, dense tokens with 16 bits.
         bits_per_element: those bytes as bits for each number in K and V of all tokens seen, everything counted; dense tokens
             count in the type that the model runs in.
         kernel: what attended to the compressed segments.
@@ -237,7 +237,7 @@ def _stream(
         nll -= log_probs[: len(targets)].gather(1, targets[:, None]).sum(dtype=torch.float64).item()
         num_scored += len(targets)
         on_log_probs(log_probs)
-    kv_bytes, num_elements = cache.nbytes, num_full_elements(cache, ids.shape[1])
+    kv_bytes, num_elements = nbytes_in_16_bits(cache), num_full_elements(cache, ids.shape[1])
     continuation = _continue(model, cache, int(log_probs[-1].argmax()), num_new)
     return _Run(math.exp(nll / num_scored), continuation, kv_bytes, num_elements, cache.kernel)
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from kvfold.kv_cache import KVCache
 from kvfold.lab.generate import prefill
-from kvfold.lab.measure import num_full_elements
+from kvfold.lab.measure import nbytes_in_16_bits, num_full_elements
 from kvfold.models.adapter import cache as make_cache
 from kvfold.plan import Plan
 
@@ -25,7 +25,7 @@ class Held:
 
     Attributes:
         num_seen: tokens that had been through it, of each sequence.
-        kv_bytes: of one sequence, everything counted.
+        kv_bytes: of one sequence, everything counted, dense tokens with 16 bits.
         fp16_bytes: K and V of those tokens in 16 bits, with nothing else.
     """
 
@@ -130,4 +130,4 @@ class Answerer:
         num_seen = cache.get_seq_length()
         self.kernel = cache.kernel
         if self.largest is None or num_seen > self.largest.num_seen:
-            self.largest = Held(num_seen, cache.nbytes // batch, 2 * num_full_elements(cache, num_seen))
+            self.largest = Held(num_seen, nbytes_in_16_bits(cache) // batch, 2 * num_full_elements(cache, num_seen))

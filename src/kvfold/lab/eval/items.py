@@ -65,7 +65,7 @@ class Item:
         kl: mean KL(full || plan) over these tokens, in nats; None where it was not measured.
         top1: share of them with the same most probable token.
         num_context_tokens: of the longest context.
-        kv_bytes: the largest cache while it was answered, everything counted, one sequence.
+        kv_bytes: the largest cache while it was answered, everything counted, dense tokens with 16 bits, one sequence.
         fp16_bytes: K and V of its tokens in 16 bits.
         kernel: what attended to the compressed segments.
         seconds: to answer; measuring KL is left out.
