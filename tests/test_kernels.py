@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import Case, blocks_of, paired, query_of
+from kernel_cases import AFFINES, HEAD_DIMS, LENGTHS, OTHERS, Case, blocks_of, fits, paired, query_of
 from rounding import allowance
 
 from kvfold.attention import dispatch, reference
@@ -27,7 +27,6 @@ from kvfold.store.bands import Bands
 from kvfold.store.base import KVCodec, TensorCodec
 from kvfold.store.dense import DenseCodec
 from kvfold.store.fitted import Fitted
-from kvfold.store.fp8 import Float8
 from kvfold.store.outliers import Outliers
 from kvfold.store.residual import Residual
 from kvfold.store.rotation import Rotated
@@ -37,16 +36,6 @@ from kvfold.store.table import Table
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="installed without a compiler")
 
 SETS = list(cpu.available())
-AFFINES = [
-    Affine(bits, axis, group, symmetric, scales)
-    for bits, axis, group, symmetric, scales in itertools.product(
-        [8, 4, 2], ["token", "channel"], [16, 32, 64, 128], [False, True], ["half", "log8"]
-    )
-]
-OTHERS: list[TensorCodec] = [
-    *(DenseCodec(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
-    *(Float8(form, scaled) for form in ("e4m3", "e5m2") for scaled in (True, False)),
-]
 TABLES = [
     Table(table, axis, group, offset, scales)
     for table, axis, (group, offset, scales) in itertools.product(
@@ -80,8 +69,6 @@ PLANS = [
     *("nf4", "fp4", "turboquant(4)", "turboquant(3)", "turboquant(2)", "mixed(k=int4, v=turboquant(3))"),
     *("kvquant(3)", "gear(int4, rank=4, outliers=1%)", "gear(int2, rank=0)", "gear(turboquant(2), buffer=256)", "banded(2.5)"),
 ]
-HEAD_DIMS = [64, 80, 96, 128, 256]
-LENGTHS = [0, 1, 63, 64, 65, 1000]
 
 
 def check(
@@ -115,13 +102,6 @@ def bands(head_dim: int) -> list[Bands]:
         Bands((4,) * head_dim),
         Bands((0,) * head_dim, 3),
     ]
-
-
-def fits(codec: TensorCodec, head_dim: int) -> bool:
-    """Whether lines of the head dim fill whole bytes."""
-    while isinstance(codec, (Outliers, Residual)):
-        codec = codec.inner if isinstance(codec, Outliers) else codec.first
-    return not isinstance(codec, (Affine, Table, Fitted)) or head_dim % (8 if codec.bits == 3 else 8 // codec.bits) == 0
 
 
 # -- every codec -------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import paired
-from test_kernels import AFFINES, HEAD_DIMS, LENGTHS, OTHERS, Case, blocks_of, fits, query_of
+from kernel_cases import AFFINES, HEAD_DIMS, LENGTHS, OTHERS, Case, blocks_of, fits, paired, query_of
 from tiny import tiny_model
 
 import kvfold

@@ -1,23 +1,24 @@
 """The Triton kernels against the reference, in Triton's interpreter (or on a GPU, where there is one)."""
 
+import functools
 import itertools
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+import kernel_cases
 import pytest
 import torch
+from kernel_cases import OTHERS, blocks_of, query_of
 
 from kvfold.attention import dispatch, reference
 from kvfold.attention.reference import Query
-from kvfold.blocks import Blocks
 from kvfold.kernels import triton
 from kvfold.plan import Plan
 from kvfold.segment import Run, Segment
 from kvfold.site import Site
 from kvfold.store.affine import Affine
 from kvfold.store.base import KVCodec, TensorCodec, part
-from kvfold.store.dense import DenseCodec
 from kvfold.store.fp8 import Float8
 from kvfold.store.rotation import Rotated
 from kvfold.store.table import Table
@@ -39,49 +40,8 @@ AFFINES = [
         [8, 4, 2], ["token", "channel"], [(16, False, "half"), (32, True, "log8"), (64, False, "log8"), (128, True, "half")]
     )
 ]
-OTHERS: list[TensorCodec] = [
-    *(DenseCodec(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
-    *(Float8(form, scaled) for form in ("e4m3", "e5m2") for scaled in (True, False)),
-]
 
-
-@dataclass(frozen=True)
-class Case:
-    """Two ragged rows, whose second is shorter, seen by `num_groups` heads of `num_queries` queries."""
-
-    head_dim: int = 64
-    length: int = 130
-    num_groups: int = 3
-    num_queries: int = 1
-    holes: bool = False
-    softcap: float | None = None
-    windowed: bool = False
-    ragged: bool = True
-
-
-def blocks_of(codec: KVCodec, case: Case) -> Blocks:
-    generator = torch.Generator().manual_seed(case.length + case.head_dim)
-    lengths = [case.length, case.length // 2 if case.ragged else case.length]
-    if codec.unit == "block":
-        lengths = [-(-n // codec.block) * codec.block for n in lengths]
-    device = torch.device(DEVICE)
-    blocks = Blocks(codec, 2, device, contiguous=not case.holes, scored=False)
-    k, v = torch.randn(2, 2, max(lengths), case.head_dim, generator=generator)
-    k[..., 3] += 5  # a channel that is large in every token
-    place = torch.arange(max(lengths))
-    slots = torch.where(place < torch.tensor(lengths)[:, None], place + 4, -1).int()
-    blocks.append(Run(k.to(device), v.to(device), slots.to(device)))
-    if case.holes and blocks.width:
-        blocks.drop((torch.rand(2, blocks.width, generator=generator) < 0.4).to(device))
-    return blocks
-
-
-def query_of(case: Case) -> Query:
-    generator = torch.Generator().manual_seed(7)
-    q = torch.randn(2, case.num_groups * case.num_queries, case.head_dim, generator=generator)
-    slots = torch.arange(case.num_queries) + case.length + 4
-    first = (slots - case.length // 2).expand(2, -1).contiguous().to(DEVICE) if case.windowed else None
-    return Query((q * case.head_dim**-0.5).to(DEVICE), slots.to(DEVICE), case.num_groups, first, case.softcap)
+Case = functools.partial(kernel_cases.Case, device=DEVICE)
 
 
 def check(segment: Segment, query: Query, *, with_mass: bool = True) -> None:
@@ -142,7 +102,7 @@ def test_lengths(name: str, length: int) -> None:
     ],
     ids=str,
 )
-def test_what_queries_see(case: Case) -> None:
+def test_what_queries_see(case: kernel_cases.Case) -> None:
     name = "int8(k_axis=token)" if case.holes or case.num_groups == 1 else "int4"
     check(blocks_of(Plan.parse(name).store.codec(Site(64, torch.float32)), case), query_of(case))
 
