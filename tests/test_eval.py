@@ -10,13 +10,13 @@ from tiny import tiny_model_folder
 
 from kvfold.cli.main import main
 from kvfold.errors import FileError, KvfoldError
-from kvfold.lab.eval import data
+from kvfold.lab.eval import asking, data
 from kvfold.lab.eval.items import ITEMS, SCORES, read_items
 from kvfold.lab.eval.scores import Score, markdown, read_scores
 
 pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
 
-from kvfold.lab.eval import asking, local_tasks, tasks
+from kvfold.lab.eval import local_tasks, tasks
 from kvfold.lab.eval.evaluation import Evaluation, EvalUpdate
 from kvfold.lab.eval.run import Outcome, run
 
@@ -307,3 +307,17 @@ def test_a_finished_table_is_printed(folder: Path, tmp_path: Path, capsys) -> No
     assert "kvfold_wikipedia_local: word_perplexity ↓" in shown
     assert "window(16)" in shown
     assert (tmp_path / "out" / SCORES).exists()
+
+
+def test_each_task_has_its_own_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(asking.time, "monotonic", lambda: clock[0])
+    pace = asking._Pace()
+    pace.add("slow", 2.0)
+    pace.add("fast", 20.0)
+    clock[0] = 10.0
+    assert pace.after("slow", 1.0) == pytest.approx((10 / (10 + 10 + 200), 10 + 200)), "nothing is known of the other one"
+    clock[0] = 20.0
+    pace.after("slow", 1.0)
+    clock[0] = 21.0
+    assert pace.after("fast", 1.0) == pytest.approx((21 / (21 + 19), 19.0)), "known by now, and nothing slow is left"

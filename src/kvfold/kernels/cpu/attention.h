@@ -120,9 +120,9 @@ struct Kernels {
 extern const Kernels kPortable;
 #ifdef KVFOLD_X86
 extern const Kernels kAvx2;
-extern const Kernels kAvxVnni;  // defined where the compiler knows it: KVFOLD_AVXVNNI
+extern const Kernels kAvxVnni;  // defined where the compiler knows it: KVFOLD_AVX_VNNI
 extern const Kernels kAvx512;
-extern const Kernels kAvx512Bf16;  // as well: KVFOLD_AVX512BF16
+extern const Kernels kAvx512Bf16;  // as well: KVFOLD_AVX512_BF16
 #endif
 
 constexpr int kStrip = 192;       // vectors that a task takes at once

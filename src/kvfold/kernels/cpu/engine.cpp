@@ -31,11 +31,11 @@ const std::vector<const Kernels*>& runnable() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vnni");
-#ifdef KVFOLD_AVX512BF16
+#ifdef KVFOLD_AVX512_BF16
     if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&kAvx512Bf16);
 #endif
     if (avx512) found.push_back(&kAvx512);
-#ifdef KVFOLD_AVXVNNI
+#ifdef KVFOLD_AVX_VNNI
     if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&kAvxVnni);
 #endif
     if (avx2) found.push_back(&kAvx2);

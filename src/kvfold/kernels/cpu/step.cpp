@@ -20,10 +20,10 @@ const StepKernels& step_kernels() {
 #ifdef KVFOLD_X86
   if (name == kAvx512Step.name) return kAvx512Step;
   if (name == kAvx2Step.name) return kAvx2Step;
-#ifdef KVFOLD_AVX512BF16
+#ifdef KVFOLD_AVX512_BF16
   if (name == kAvx512Bf16Step.name) return kAvx512Bf16Step;
 #endif
-#ifdef KVFOLD_AVXVNNI
+#ifdef KVFOLD_AVX_VNNI
   if (name == kAvxVnniStep.name) return kAvxVnniStep;
 #endif
 #endif

@@ -66,9 +66,9 @@ struct StepKernels {
 extern const StepKernels kPortableStep;
 #ifdef KVFOLD_X86
 extern const StepKernels kAvx2Step;
-extern const StepKernels kAvxVnniStep;  // defined where the compiler knows it: KVFOLD_AVXVNNI
+extern const StepKernels kAvxVnniStep;  // defined where the compiler knows it: KVFOLD_AVX_VNNI
 extern const StepKernels kAvx512Step;
-extern const StepKernels kAvx512Bf16Step;  // as well: KVFOLD_AVX512BF16
+extern const StepKernels kAvx512Bf16Step;  // as well: KVFOLD_AVX512_BF16
 #endif
 
 }  // namespace kvfold

@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,8 +30,9 @@ from kvfold.lab.eval.tasks import EvalTask
 ANSWER_TOKENS = 64
 """How many of the tokens that the full cache generates plans are compared on."""
 
-_DECODE_WORK = 40
-"""A generated token costs about as much as reading so many; only the time left is estimated with it."""
+_DECODE_WORK, _STREAM_WORK = 40, 4
+"""A generated token, and one of a text that is streamed, cost about as much as reading so many; only the time left is estimated
+with them."""
 
 Watch = Callable[[torch.Tensor], None]
 """Gets the distributions over scored tokens as they come, `[n, V] float32`."""
@@ -67,7 +69,8 @@ def build_questions(evaluation: Evaluation, tasks: Sequence[EvalTask], lm: Kvfol
 
 def _question(task: EvalTask, doc_id: int, requests: list[Instance], lm: KvfoldLM) -> Question:
     lengths = [lm.lengths_of(request) for request in requests]
-    work = max(num_read for num_read, _ in lengths) + _DECODE_WORK * sum(num_new for _, num_new in lengths)
+    reading = _STREAM_WORK if requests[0].request_type == "loglikelihood_rolling" else 1
+    work = reading * max(num_read for num_read, _ in lengths) + _DECODE_WORK * sum(num_new for _, num_new in lengths)
     arguments = [[request.request_type, *request.args] for request in requests]
     return Question(task, doc_id, requests, facts.digest(json.dumps(arguments, default=str)), work)
 
@@ -86,9 +89,9 @@ class Asking:
         self.evaluation, self.models, self.items, self.questions = evaluation, models, items, questions
         self.on_update = on_update
         self.failures: dict[str, str] = {}
-        self.start = time.monotonic()
-        self.work_done = 0.0
-        self.work = sum(q.work * len(self._open_plans([q])) for q in questions)
+        self.pace = _Pace()
+        for q in questions:
+            self.pace.add(q.task.name, q.work * len(self._open_plans([q])))
 
     def run(self) -> dict[str, str]:
         self.on_update(EvalUpdate(0.0, None, ""))
@@ -250,9 +253,7 @@ class Asking:
         return item.answer_tokens if item else None
 
     def _report(self, question: Question, item: Item) -> None:
-        self.work_done += question.work
-        elapsed = time.monotonic() - self.start
-        left = elapsed * (self.work - self.work_done) / self.work_done
+        share, left = self.pace.after(question.task.name, question.work)
         metric, value = next(iter(item.metrics.items()))
         shown = f"{value:g}" if isinstance(value, int | float) else ""
         text = f"{item.task} #{item.doc_id} {item.plan}: {metric.removesuffix(',none')} {shown} {item.seconds:.1f} s"
@@ -264,7 +265,32 @@ class Asking:
             "value": value if isinstance(value, int | float) else None,
             **{name: getattr(item, name) for name in ("kl", "top1", "kv_bytes", "num_context_tokens", "seconds")},
         }
-        self.on_update(EvalUpdate(self.work_done / self.work, left, " ".join(text.split()), values))
+        self.on_update(EvalUpdate(share, left, " ".join(text.split()), values))
+
+
+class _Pace:
+    """How far a run is. Tasks differ in how long their work takes, so each is held to its own pace once it has one."""
+
+    def __init__(self) -> None:
+        self.work: dict[str, float] = defaultdict(float)
+        self.done: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.start = self.last = time.monotonic()
+
+    def add(self, task: str, work: float) -> None:
+        self.work[task] += work
+
+    def after(self, task: str, work: float) -> tuple[float, float]:
+        """The share of the time that has gone by when an answer has just been given, and the seconds that are left."""
+        now = time.monotonic()
+        self.done[task] += work
+        self.seconds[task] += now - self.last
+        self.last = now
+        usual = sum(self.seconds.values()) / sum(self.done.values())
+        paces = {name: self.seconds[name] / done if (done := self.done[name]) else usual for name in self.work}
+        left = sum(paces[name] * max(0.0, all_of_it - self.done[name]) for name, all_of_it in self.work.items())
+        elapsed = now - self.start
+        return elapsed / (elapsed + left) if elapsed + left else 1.0, left
 
 
 class _Timed:
