@@ -363,6 +363,32 @@ TestThinnedCodes = _machine("ThinnedCodes", plan="fp8(scale=true)", contiguous=F
 TestContiguousCodes = _machine("ContiguousCodes", plan="int8(k_axis=token)", exact=False)
 
 
+@pytest.mark.parametrize("plan", ["int2", "int4(rotate=none)", "mixed(k=int4, v=turboquant(3))", "kivi(int2, group=64)"])
+def test_filling_holes_leaves_the_codes_of_other_tokens(plan: str) -> None:
+    """The first two tokens of each block bound every channel, and stay: so do K's scales, but for a step of rounding."""
+    blocks = Blocks(codec_of(plan), 2, CPU, contiguous=False, scored=True)
+    run = run_of([256, 256], [0, 0], scored=True)
+    k = run.k.clamp(-1, 1)
+    k[:, 0::64], k[:, 1::64] = 1, -1
+    blocks.append(Run(k, run.v, run.slots, run.score))
+    gone = torch.rand(2, 256, generator=torch.Generator().manual_seed(1)) < 0.4
+    gone[:, 0::64] = gone[:, 1::64] = False
+    blocks.drop(gone)
+    old_k, old_v, _ = blocks.dense()
+    new = run_of([64, 64], [256, 256], seed=2, scored=True)
+    blocks.append(Run(new.k.clamp(-0.9, 0.9), new.v, new.slots, new.score))
+    assert blocks.pool.num_blocks() == [4, 4], "holes were enough"
+    k, v, slots = blocks.dense()
+    for row in range(2):
+        stayed = (slots[row] >= 0) & (slots[row] < 256)
+        assert int(stayed.sum()) == int((~gone[row]).sum())
+        assert torch.equal(stayed, ~gone[row]), "no token has moved"
+        torch.testing.assert_close(k[row, stayed], old_k[row, stayed], atol=2**-9, rtol=0)
+        assert torch.equal(v[row, stayed], old_v[row, stayed])
+        fresh = slots[row] >= 256
+        assert sorted(slots[row, fresh].tolist()) == list(range(256, 320))
+
+
 def test_beams_share_blocks_until_one_writes() -> None:
     blocks = Blocks(codec_of("dense"), 1, CPU, contiguous=True, scored=False)
     blocks.append(run_of([100], [0]))

@@ -266,24 +266,35 @@ class Blocks(BlockReader):
         num_fresh = fresh.width if fresh is not None else 0
         num_new = -(-(int(live.sum()) + num_fresh) // pool.block) - len(ids)
         released = ids[live.argsort(stable=True)[: max(0, -num_new)]]
-        moved = self._addresses(released)
-        slots, score = pool.slots.view(-1)[moved], pool.score.view(-1)[moved] if pool.scored else None
         if self.unit == "token":
-            assert fresh is None
-            fields = pool.read_tokens(moved)
-            pool.replace_row_blocks(row, released.tolist(), 0)
-            target = self._holes(row, len(moved))
-            pool.write_tokens(target, fields)
-            self._note(target, slots, score)
-            return
+            self._move_tokens(row, released)
+        else:
+            self._encode_again(row, released, fresh, max(0, num_new))
+
+    def _move_tokens(self, row: int, released: torch.Tensor) -> None:
+        """Moves the tokens of the blocks `released [n]` into holes of others, as they are, and gives the blocks back."""
+        pool = self.pool
+        moved = self._addresses(released)
+        fields, slots = pool.read_tokens(moved), pool.slots.view(-1)[moved]
+        score = pool.score.view(-1)[moved] if pool.scored else None
+        pool.replace_row_blocks(row, released.tolist(), 0)
+        target = self._holes(row, len(moved))
+        pool.write_tokens(target, fields)
+        self._note(target, slots, score)
+
+    def _encode_again(self, row: int, released: torch.Tensor, fresh: Run | None, num_new: int) -> None:
+        """The same for tokens that share numbers, with `fresh` ones; `num_new` new blocks are filled before any holes."""
+        pool = self.pool
+        moved = self._addresses(released)
         if len(moved):
             k, v = self._decode_places(moved)
-            old = Run(k[None], v[None], slots[None], None if score is None else score[None])
+            score = pool.score.view(-1)[moved][None] if pool.scored else None
+            old = Run(k[None], v[None], pool.slots.view(-1)[moved][None], score)
             fresh = old if fresh is None else join(old, fresh)
         pool.replace_row_blocks(row, released.tolist(), 0)
         if fresh is None:
             return
-        in_new, in_holes = fresh.split(torch.tensor([pool.block * max(0, num_new)], device=pool.device))
+        in_new, in_holes = fresh.split(torch.tensor([pool.block * num_new], device=pool.device))
         if in_new.width:
             pool.append_row_blocks(row, self._encode_blocks(in_new.k, in_new.v, in_new.score))
             self._note(pool.tail_places(row, in_new.width), in_new.slots, in_new.score)
