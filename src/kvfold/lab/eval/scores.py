@@ -249,7 +249,8 @@ def markdown(scores: Sequence[Score]) -> str:
 def setting_line(score: Score) -> str:
     s = score.setting
     machine = s["machine"].get("gpu") or s["machine"].get("cpu", "")
+    threads = f"{s['threads']} thread{'s' if s['threads'] > 1 else ''}"
     return (
-        f"{s['model']} ({s['model_source']}), {s['dtype']}, {s['device']}, {machine}, {s['threads']} threads; contexts read "
+        f"{s['model']} ({s['model_source']}), {s['dtype']}, {s['device']}, {machine}, {threads}; contexts read "
         f"{s['chunk']} tokens at a time, answers {s['answer_chunk']}; seed {s['seed']}."
     )
