@@ -14,6 +14,7 @@ from kvfold.budget import Cost
 from kvfold.errors import PlanError
 from kvfold.eviction import Eviction
 from kvfold.handle import Handle, SeenLength
+from kvfold.modes import in_normal_mode
 from kvfold.plan import LayerPlan
 from kvfold.pool import BlockPool
 from kvfold.segment import Run, join
@@ -66,6 +67,7 @@ class HeldLayer(CacheLayerMixin):
 
     # -- the contract with transformers ----------------------------------------------------------------------------------
 
+    @in_normal_mode
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Makes the segments. Shapes: `[B, Hkv, S, D]` both."""
         batch, heads, _, head_dim = key_states.shape
@@ -126,6 +128,7 @@ class HeldLayer(CacheLayerMixin):
         if self.eviction:
             self.eviction.reset()
 
+    @in_normal_mode
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens; `tokens_to_remove` is negative, as in transformers.
 
@@ -144,13 +147,16 @@ class HeldLayer(CacheLayerMixin):
             score = torch.zeros_like(rest.slots, dtype=torch.float32) if self.plan.scored else None
             self.recent = join(Run(rest.k.to(self.dtype), rest.v.to(self.dtype), rest.slots, score), self.recent)
 
+    @in_normal_mode
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
 
+    @in_normal_mode
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
+    @in_normal_mode
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """The sequences `indices [B']`, in that order; copies share their blocks until they differ."""
         if not self.is_initialized:
@@ -188,6 +194,7 @@ class HeldLayer(CacheLayerMixin):
         held_apart = self.frame or self.codec.positional
         return self.alone and not (self.plan.keep or self.plan.read or self.plan.tier or held_apart)
 
+    @in_normal_mode
     def tail(self) -> Tail | None:
         """Where the next token of every sequence goes if nothing else is to happen; None when it has to go the long way."""
         if self._tail is not None and self._tail.left > 0:

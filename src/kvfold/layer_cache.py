@@ -20,6 +20,7 @@ from kvfold.eviction import Eviction
 from kvfold.handle import Handle
 from kvfold.held_layer import HeldLayer
 from kvfold.keep.base import Moment
+from kvfold.modes import in_normal_mode
 from kvfold.segment import Run, Segment, join
 
 
@@ -28,6 +29,7 @@ class LayerCache(HeldLayer):
 
     # -- attention -------------------------------------------------------------------------------------------------------
 
+    @in_normal_mode
     def attend(
         self,
         handle: Handle,
@@ -98,7 +100,9 @@ class LayerCache(HeldLayer):
     def _chunk(self, handle: Handle, slots: torch.Tensor, real: torch.Tensor | None) -> Run:
         """The new tokens as a run, without padding."""
         batch, heads, num_new, head_dim = handle.k.shape
-        k, v = (self.frame.keys(handle.k), self.frame.values(handle.v)) if self.frame else (handle.k, handle.v)
+        k, v = (x.clone() if x.is_inference() else x for x in (handle.k, handle.v))
+        if self.frame:
+            k, v = self.frame.keys(k), self.frame.values(v)
         k, v = (x.reshape(batch * heads, num_new, head_dim) for x in (k, v))
         new_slots = slots.int().expand(batch * heads, -1)
         if real is not None and not bool(real.all()):
@@ -201,6 +205,7 @@ class LayerCache(HeldLayer):
         self.recent, chunk = held.keep_only(eviction.choose(held, ctx))
         return chunk
 
+    @in_normal_mode
     def evict(self, padding: torch.Tensor | None) -> None:
         """Brings the layer within its budget without new tokens: what follows when a chunk has been read again."""
         assert self.eviction is not None

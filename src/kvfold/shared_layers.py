@@ -12,6 +12,7 @@ from kvfold.errors import PlanError
 from kvfold.handle import Handle
 from kvfold.keep.base import Moment
 from kvfold.layer_cache import LayerCache
+from kvfold.modes import in_normal_mode
 from kvfold.plan import LayerPlan
 from kvfold.pool import BlockPool
 from kvfold.segment import Run, Segment, join
@@ -61,6 +62,7 @@ class BorrowingLayer(LayerCache):
         super().__init__(site, plan)
         self.lender, self._is_last = lender, last
 
+    @in_normal_mode
     def attend(
         self,
         handle: Handle,
