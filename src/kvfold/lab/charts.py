@@ -145,6 +145,9 @@ def _throughput(records: Sequence[Record]) -> Chart | None:
     )
 
 
+_LEAST_KL = 1e-6
+
+
 def _quality(records: Sequence[Record], against: Literal["bytes", "bits"]) -> Chart | None:
     """KL against the cache's bytes, or against its bits for each number of K and V of all tokens seen."""
     judged = [r for r in records if r.kl is not None and r.kv_bytes and r.compression]
@@ -153,9 +156,9 @@ def _quality(records: Sequence[Record], against: Literal["bytes", "bits"]) -> Ch
     context = max(r.context for r in judged)
     batch = min(r.batch for r in judged if r.context == context)
     judged = [r for r in judged if (r.context, r.batch) == (context, batch)]
-    floor = min((r.kl for r in judged if r.kl), default=1e-6) / 4
     points = [
-        ((r.kv_bytes or 0) / MIB if against == "bytes" else 16 / (r.compression or 1), max(r.kl or 0.0, floor)) for r in judged
+        ((r.kv_bytes or 0) / MIB if against == "bytes" else 16 / (r.compression or 1), max(r.kl or 0.0, _LEAST_KL))
+        for r in judged
     ]
     caption = f"{judged[0].model}, context {context:,}, quality in {judged[0].quality_dtype}. "
     if against == "bits":
@@ -163,8 +166,8 @@ def _quality(records: Sequence[Record], against: Literal["bytes", "bits"]) -> Ch
             "Bits are those of the whole cache, dense tokens and scales too, over all numbers of K and V of all tokens seen. "
         )
     caption += "The line joins what no other beats."
-    if any(not r.kl for r in judged):
-        caption += " A KL of 0 has no place on a logarithmic axis: such points stand at its lower end."
+    if any((r.kl or 0.0) < _LEAST_KL for r in judged):
+        caption += f" A KL below {_LEAST_KL:g} is the rounding of float32 and stands at {_LEAST_KL:g}."
     return Chart(
         name=f"quality-vs-{against}",
         title="Quality against memory" if against == "bytes" else "Quality against bits",

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
@@ -78,7 +79,8 @@ def draw(charts: Sequence[Chart | HeatMap], folder: Path, suffix: str = "") -> l
 
 def _figure(chart: Chart) -> Figure:
     height = 1.7 + 0.27 * len(chart.series) if chart.form in _ROWS else _height(len(chart.series), chart.form)
-    figure = Figure(figsize=(8, height), dpi=_DPI, layout="constrained")
+    width = 11 if chart.form == "points" and len(chart.series) >= 30 else 8  # their names need room
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     {"lines": _lines, "bars": _bars, "stacks": _stacks, "ranges": _ranges, "points": _points}[chart.form](axes, chart)
@@ -294,23 +296,27 @@ def _label_points(axes: Axes, chart: Chart, renderer: RendererAgg) -> None:
             fontsize=8,
             color=COLORS[s.changes],
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85},  # the frontier passes below it
+            arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": COLORS[s.changes], "shrinkA": 0, "shrinkB": 3},
         )
         for dx, dy, ha, va in _PLACES:
             label.set(ha=ha, va=va)
             label.xyann = (dx, dy)
-            box = label.get_window_extent(renderer)
+            label.update_positions(renderer)
+            box = Text.get_window_extent(label, renderer)  # of the words alone, without the line to the point
             inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
             if inside and not any(box.overlaps(other) for other in taken):
                 break
         else:
             label.set(ha="left", va="center")
             label.xyann = (7, 0)
-        taken.append(label.get_window_extent(renderer))
+        assert label.arrow_patch is not None
+        label.arrow_patch.set_visible(max(map(abs, label.xyann)) > 14)  # who stands beside its point needs no line
+        taken.append(Text.get_window_extent(label, renderer))
 
 
 _PLACES = tuple(
     place
-    for far in (1, 2, 3)
+    for far in (1, 2, 3, 5, 7, 9, 12)
     for place in (
         (7 * far, 0, "left", "center"),
         (-7 * far, 0, "right", "center"),

@@ -103,7 +103,7 @@ def setting_of(r: Record) -> str:
             f"{r.new_tokens} new tokens, prefilled by {r.chunk}, {_count(r.repeats, 'repeat')}, {r.how}"
         )
     else:
-        parts.append(f"bytes in {r.dtype}, speed not measured")
+        parts.append("bytes with dense tokens in 16 bits, speed not measured")
     if r.kl is not None:
         parts.append(f"quality in {r.quality_dtype}, half of the context prefilled and half streamed by {r.quality_chunk}")
     parts.append(f"seed {r.seed}")
