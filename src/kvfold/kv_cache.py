@@ -13,6 +13,7 @@ from kvfold import layer_state
 from kvfold.keep.base import Pins
 from kvfold.layer_cache import LayerCache
 from kvfold.layers import make_layers
+from kvfold.modes import in_normal_mode
 from kvfold.plan import Plan
 
 
@@ -93,6 +94,7 @@ class KVCache(Cache):
         """Bytes by layer and component."""
         return Memory.of(self)
 
+    @in_normal_mode
     def copy(self) -> "KVCache":
         """Another cache of the same tokens, in memory of its own: each can go on without the other."""
         sites = [layer.site for layer in self.layers if isinstance(layer, LayerCache)]

@@ -24,6 +24,7 @@ from kvfold.files import explain, replacing
 from kvfold.kv_cache import KVCache
 from kvfold.layer_cache import LayerCache
 from kvfold.models import adapter
+from kvfold.modes import in_normal_mode
 from kvfold.plan import Plan
 
 FORMAT = "kvfold-cache"
@@ -65,6 +66,7 @@ def save(cache: KVCache, path: str | Path) -> None:
             raise FileError(f"can't write {path}: {error}; is the disk full?") from error
 
 
+@in_normal_mode
 def load_cache(path: str | Path, model: PreTrainedModel) -> KVCache:
     """Reads a cache that goes on where the saved one was; attaches kvfold's attention to the model.
 
