@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import chunked, held_bytes, left_pad, sharp_model, tokens
-from test_segments import plain_attention
+from segment_cases import plain_attention
 
 import kvfold
 from kvfold.attention.reference import Query

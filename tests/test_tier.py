@@ -10,7 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 from oracle import chunked, held_bytes, left_pad, sharp_model, tokens
-from test_segments import CPU, BlocksMachine, check_attention, query_of
+from segment_cases import CPU, check_attention, query_of
+from test_blocks import BlocksMachine
 
 import kvfold
 from kvfold.blocks import Blocks
