@@ -19,6 +19,7 @@ from kvfold.store import levels
 from kvfold.store.affine import Affine
 from kvfold.store.base import Fields, TensorCodec
 from kvfold.store.dense import DenseCodec
+from kvfold.store.fp8 import Float8
 from kvfold.store.rotation import Rotated
 from kvfold.store.scales import scale_bounds, scale_grid
 from kvfold.store.table import Table
@@ -45,6 +46,7 @@ TABLES = [
         ],
     )
 ]
+FLOATS = [Float8(format, scaled) for format, scaled in itertools.product(["e4m3", "e5m2"], [True, False])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -69,8 +71,8 @@ def equal(got: Fields, wanted: Fields, where: str) -> None:
         assert torch.equal(got[name], x), f"{where}: {name} differs in {int((got[name] != x).sum())} of {x.numel()}"
 
 
-@pytest.mark.parametrize("codec", [*AFFINES, *TABLES], ids=str)
-def test_fields_are_the_references(codec: Affine | Table) -> None:
+@pytest.mark.parametrize("codec", [*AFFINES, *TABLES, *FLOATS], ids=str)
+def test_fields_are_the_references(codec: Affine | Table | Float8) -> None:
     check(codec, tokens((2, 2, 128, 64)))
     check(codec, tokens((1, 256, 80)).bfloat16())
     check(Rotated(codec, 64), tokens((2, 128, 64)).half())
@@ -110,6 +112,16 @@ def test_any_shape_and_size(
         check(codec, x)
     else:
         assert {name: y.shape for name, y in encode(codec, x).items()}.keys() >= {"codes", "scale"}
+
+
+@pytest.mark.parametrize("codec", FLOATS, ids=str)
+def test_every_number_has_its_nearest_float8(codec: Float8) -> None:
+    """All halves and bfloat16s: ties, subnormal codes, zeros of both signs, numbers beyond the range."""
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 64)
+        check(codec, torch.where(x.isfinite(), x, 0))
+    check(codec, tokens((3, 70, 33)) * torch.logspace(-12, 6, 70)[:, None])
+    check(codec, torch.zeros(2, 5, 64))
 
 
 def test_constant_and_empty_tokens() -> None:

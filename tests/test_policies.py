@@ -281,14 +281,12 @@ def test_sieve_walks_as_the_one_by_one_algorithm() -> None:
     generator = torch.Generator().manual_seed(1)
     for trial in range(200):
         num_tokens, num_victims = 9, trial % 8 + 1
-        slots = torch.randperm(20, generator=generator)[:num_tokens].int()[None]
+        slots = tokens_of_layer.slots = torch.randperm(20, generator=generator)[:num_tokens].int()[None]
         bits = torch.randint(0, 2, (1, num_tokens), generator=generator).float()
         hand = torch.randint(0, 21, (1,), generator=generator).int()
         free = torch.rand(1, num_tokens, generator=generator) < 0.9
         num_victims = min(num_victims, int(free.sum()))
-        ctx = KeepContext(
-            slots, tokens_of_layer, Moment(20, [20], [1]), [0], [num_tokens], [0], 1, 0, 0, {"hand": hand.clone()}
-        )
+        ctx = KeepContext(tokens_of_layer, Moment(20, [20], [1]), [0], [num_tokens], [0], 1, 0, 0, {"hand": hand.clone()})
         rank = keep.rank(bits, ctx).masked_fill(~free, torch.inf)
         victims = rank[0].argsort(stable=True)[:num_victims]
         stays = torch.ones(1, num_tokens, dtype=torch.bool)

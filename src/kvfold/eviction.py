@@ -80,7 +80,6 @@ class Eviction:
         known = {n: self.allowed_after(n) for n in set(moment.num_real)}
         of_rows = [known[n] for n in moment.num_real for _ in range(self.num_heads)]
         return KeepContext(
-            slots=held.slots,
             tokens=held,
             moment=moment,
             allowed=[n - first for n, first in zip(of_rows, sinks, strict=True)],
@@ -139,7 +138,7 @@ class Eviction:
         """Which tokens stay, `[R, N] bool`; None when all do."""
         if not any(n > most for n, most in zip(ctx.counts, ctx.allowed, strict=True)):
             return None
-        rank = self._rank(held, ctx)
+        rank = self.rank(held, ctx)
         if ctx.empty_places:
             rank = rank.masked_fill(held.slots < 0, -torch.inf)
         allowed = torch.tensor(ctx.allowed, device=rank.device)
@@ -154,27 +153,35 @@ class Eviction:
         """
         if self.keep.heads != "uniform" or any(n != most + 1 for n, most in zip(ctx.counts, ctx.allowed, strict=True)):
             return None
-        rank = self._rank(held, ctx)
-        if ctx.empty_places:
-            rank = rank.masked_fill(held.slots < 0, torch.inf)
-        is_least = rank == rank.amin(1, keepdim=True)
-        victim = torch.where(is_least, held.slots, _NO_SLOT).argmin(1)  # of equals the oldest
+        return self.victim(held, self.rank(held, ctx), ctx)
+
+    def victim(self, held: Candidates, rank: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
+        """`[R] long`: the place of the lowest `rank [R, N]` of each row, of equals the oldest; the policy is told."""
+        compared = rank.masked_fill(held.slots < 0, torch.inf) if ctx.empty_places else rank
+        is_least = compared == compared.amin(1, keepdim=True)
+        victim = torch.where(is_least, held.slots, _NO_SLOT).argmin(1)
         if type(self.keep).settle is not Keep.settle:
             stays = (held.slots >= 0).scatter_(1, victim[:, None], False)
             self._settle(held, stays, rank, ctx)
         return victim
 
-    def _rank(self, held: Candidates, ctx: KeepContext) -> torch.Tensor:
+    def rank(self, held: Candidates, ctx: KeepContext) -> torch.Tensor:
         """What tokens are compared by, pinned ones at the top; anything where there is none."""
+        rank = self.rank_beside_recent(held, ctx)
+        recent = [min(self.keep.recent.tokens(n), n) for n in ctx.allowed]
+        if any(recent):
+            is_recent = ctx.positions >= self._first_recent(recent, ctx)
+            rank = torch.where(is_recent, rank.clamp_min(_RECENT), rank)
+        return rank
+
+    def rank_beside_recent(self, held: Candidates, ctx: KeepContext) -> torch.Tensor:
+        """The same without regard to which tokens are recent."""
         keep = self.keep
         score = held.score() if keep.scored else torch.zeros(held.slots.shape, device=held.slots.device)
         refreshed = keep.refresh(score, ctx)
         if refreshed is not score:
             held.set_score(refreshed)
         rank = keep.rank(refreshed, ctx)
-        recent = [min(keep.recent.tokens(n), n) for n in ctx.allowed]
-        if any(recent):
-            rank = rank.masked_fill(ctx.positions >= self._first_recent(recent, ctx), _RECENT)
         for start, end in self.pins:
             rank = rank.masked_fill((ctx.positions >= start) & (ctx.positions < end), torch.inf)
         return rank

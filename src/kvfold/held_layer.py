@@ -20,6 +20,7 @@ from kvfold.pool import BlockPool
 from kvfold.segment import Run, join
 from kvfold.site import Site
 from kvfold.tail import Tail
+from kvfold.turnover import Turnover
 
 
 class HeldLayer(CacheLayerMixin):
@@ -50,6 +51,7 @@ class HeldLayer(CacheLayerMixin):
         self.num_seen = 0
         self.num_real: list[int] = []  # tokens seen that are not padding, for each sequence
         self._tail: Tail | None = None
+        self._turnover: Turnover | None = None
 
     def _check(self, plan: LayerPlan) -> None:
         """Raises PlanError for what the codec of this layer can't go with."""
@@ -122,7 +124,7 @@ class HeldLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets all tokens and gives their memory back."""
         self.num_seen, self.num_real, self.is_initialized = 0, [], False
-        self._tail = None
+        self._tail = self._turnover = None
         for name in (*self.runs, "_recent", "_body", "_nothing"):
             self.__dict__.pop(name, None)
         if self.eviction:
@@ -191,29 +193,57 @@ class HeldLayer(CacheLayerMixin):
     @property
     def _plain(self) -> bool:
         """Whether nothing but sinks, window and codec has a say in where a token goes."""
+        return self._in_one_place and not self.plan.keep
+
+    @property
+    def _in_one_place(self) -> bool:
+        """Whether a token has one place, is read from there, and as it is."""
         held_apart = self.frame or self.codec.positional
-        return self.alone and not (self.plan.keep or self.plan.read or self.plan.tier or held_apart)
+        return self.alone and not (self.plan.read or self.plan.tier or held_apart or self.looks_back)
+
+    @property
+    def _begun(self) -> bool:
+        """Whether all sinks are there, and no padding."""
+        if not self.is_initialized or any(n != self.num_seen for n in self.num_real):
+            return False
+        return not self.plan.sink or (self.sink.whole and self.sink.width == self.plan.sink)
 
     @in_normal_mode
     def tail(self) -> Tail | None:
         """Where the next token of every sequence goes if nothing else is to happen; None when it has to go the long way."""
         if self._tail is not None and self._tail.left > 0:
             return self._tail
-        if not (self.is_initialized and self._plain) or any(n != self.num_seen for n in self.num_real):
-            return None
-        if self.plan.sink and not (self.sink.whole and self.sink.width == self.plan.sink):
+        if not (self._plain and self._begun):
             return None
         self._close_tail()
         self._tail = Tail.open(self.sink, self._body, self._recent, self.plan.window)
         return self._tail
 
-    def took(self, tail: Tail) -> None:
-        """Counts the token that the compiled step has put into the tail."""
-        tail.take()
+    @in_normal_mode
+    def turnover(self) -> Turnover | None:
+        """The same under a keep policy, where a token may have to go."""
+        if self._turnover is not None and self._turnover.has_room(self.num_seen):
+            return self._turnover
+        if not (self.eviction and self._in_one_place and self._begun):
+            return None
+        self._close_tail()
+        given = self.sink, self._body, self._recent, self.eviction, self.plan.window, self.num_seen
+        self._turnover = found = Turnover.open(*given)
+        if found is not None:
+            self._recent = self._nothing
+        return found
+
+    def took(self, tail: Tail | None = None) -> None:
+        """Counts the token that the compiled step has put into the tail, or the turnover."""
+        if tail:
+            tail.take()
         self.num_seen += 1
         self.num_real = [n + 1 for n in self.num_real]
 
     def _close_tail(self) -> None:
+        turnover, self._turnover = self._turnover, None
+        if turnover is not None:
+            self._recent = turnover.close()
         tail, self._tail = self._tail, None
         if tail is None or not tail.taken:
             return
@@ -256,7 +286,8 @@ class HeldLayer(CacheLayerMixin):
         if self.plan.keep is None or self.plan.keep.budget.unit != "bytes":
             return None
         head_dim, block = self.site.head_dim, self.codec.block
-        num_dense = self.plan.sink + self.plan.window + (block - 1 if self.codec.unit == "block" else 0)
+        # Beside sinks and window: what fills no block yet, or the one token that a turnover holds.
+        num_dense = self.plan.sink + self.plan.window + (block - 1 if self.codec.unit == "block" else 1)
         return Cost(
             num_layers=self.site.num_layers,
             rows=self.batch_size * self.site.num_kv_heads,

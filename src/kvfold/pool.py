@@ -243,6 +243,14 @@ class BlockPool:
         present = self.table >= 0
         self.slots[self.table[present]] = slots[present].int()
 
+    def take_scores(self) -> None:
+        """Gives the memory of `score` back, for as long as someone else holds what was in it."""
+        self.score = self.score[:0].clone()
+
+    def give_scores(self) -> None:
+        """The memory again, with zeros."""
+        self.score = self.score.new_zeros(self._capacity, self.block)
+
     # -- memory ----------------------------------------------------------------------------------------------------------
 
     def shrink(self) -> None:

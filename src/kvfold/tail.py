@@ -15,7 +15,9 @@ from kvfold.attention.dispatch import Located
 from kvfold.blocks import Blocks
 from kvfold.kernels import cpu
 from kvfold.segment import Run
+from kvfold.store.base import KVCodec
 from kvfold.store.dense import DenseCodec
+from kvfold.store.fp8 import Float8
 
 
 class Tail:
@@ -27,10 +29,10 @@ class Tail:
         taken: tokens that have come since it was opened.
     """
 
-    def __init__(self, segments: list[Located], left: int, in_body: bool):
+    def __init__(self, segments: list[Located], left: int, in_body: bool, apart: bool = False):
         self.left, self.taken, self.in_body = left, 0, in_body
         self._segments = segments  # they own what the compiled code points to
-        self.native: Any = cpu._native.tail([(s.descriptor.native, s.starts, s.lengths) for s in segments])
+        self.native: Any = cpu._native.tail([(s.descriptor.native, s.starts, s.lengths) for s in segments], apart)
 
     @staticmethod
     def open(sink: Run, body: Blocks, recent: Run, window: int) -> "Tail | None":
@@ -50,10 +52,17 @@ class Tail:
         if len(segments) != len(found):
             return None
         if body.unit == "token" and window == 0:
-            codecs = body.codec.k, body.codec.v
-            dense = all(type(codec) is DenseCodec and codec.dtype == dtype for codec in codecs)
             left = body.width - body.lengths[0]
-            return Tail(segments, left, True) if dense and left > 0 and not body.pool.shared else None
+            if left == 0 or body.pool.shared or not takes_tokens(body.codec, dtype):
+                return None
+            if all(isinstance(codec, DenseCodec) for codec in (body.codec.k, body.codec.v)):
+                return Tail(segments, left, True)
+            # A token is attended to as it is, in a run of its own, and encoded then.
+            rows = len(recent.slots)
+            k, v = torch.empty(2, rows, 1, head_dim, dtype=dtype)
+            run = cpu.describe_run(k, v, torch.zeros(rows, 1, dtype=torch.int32))
+            alone = Located(run, [0] * rows, [1] * rows)
+            return Tail([*segments, alone], left, True, apart=True)
         left = window + (body.pool.block if body.unit == "block" else 1) - 1 - recent.width
         if left <= 0 or not recent.width:
             return None
@@ -68,3 +77,8 @@ class Tail:
         """Says that one more token is there."""
         self.left -= 1
         self.taken += 1
+
+
+def takes_tokens(codec: KVCodec, dtype: torch.dtype) -> bool:
+    """Whether the compiled step writes a token that comes into the codec's blocks; `dtype` is the model's."""
+    return all(type(side) is Float8 or (type(side) is DenseCodec and side.dtype == dtype) for side in (codec.k, codec.v))

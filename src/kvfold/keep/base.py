@@ -67,7 +67,11 @@ def merge_spans(spans: list[tuple[int, int]]) -> Pins:
 
 
 class Tokens(Protocol):
-    """The tokens that can go, encoded or not, in the order of `KeepContext.slots`. What is read is folded, not decoded."""
+    """The tokens that can go, encoded or not. What is read is folded, not decoded."""
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """`[R, N] int32`: which token is where, -1 where there is none."""
 
     def products(self, q: torch.Tensor) -> torch.Tensor:
         """`q · k_t` with every key: `[R, M, D]` to `[R, M, N] float32`; anything where there is no token."""
@@ -124,8 +128,7 @@ class KeepContext:
     """What a policy may look at. Row = sequence * num_heads + head. What takes a computation is computed when it is asked for.
 
     Attributes:
-        slots: `[R, N] int32`: the slot of each token that can go, -1 where there is none.
-        tokens: their keys and values.
+        tokens: those that can go: their slots, keys and values.
         moment: where the layer stands.
         allowed: tokens that each row may have, sinks left out.
         counts: tokens that each row has.
@@ -137,7 +140,6 @@ class KeepContext:
         rope: the layer's rotation, where the policy asks for it.
     """
 
-    slots: torch.Tensor
     tokens: Tokens
     moment: Moment
     allowed: list[int]
@@ -148,6 +150,11 @@ class KeepContext:
     num_sinks: int
     state: State
     rope: Rope | None = None
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """`[R, N] int32`: the slot of each token that can go, -1 where there is none."""
+        return self.tokens.slots
 
     @cached_property
     def positions(self) -> torch.Tensor:
@@ -167,7 +174,9 @@ class KeepContext:
     @cached_property
     def over(self) -> torch.Tensor:
         """`[R] bool`: rows that hold more than they may."""
-        return torch.tensor([n > most for n, most in zip(self.counts, self.allowed, strict=True)], device=self.slots.device)
+        return torch.tensor(
+            [n > most for n, most in zip(self.counts, self.allowed, strict=True)], device=self.tokens.slots.device
+        )
 
     @cached_property
     def empty_places(self) -> bool:

@@ -151,6 +151,11 @@ class CompiledLayer:
                 out = native.step(tail.native, hidden, positions[0], positions[1], self.scaling, self.softcap)
                 layer.took(tail)
                 return out
+            turnover = layer.turnover()
+            if turnover is not None:
+                out = turnover.step(native, hidden, positions, self.scaling, self.softcap, layer.num_seen)
+                layer.took()
+                return out
         q, k, v = native.before_attention(hidden, positions[0], positions[1])
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         key, value = cache.update(k, v, built.index)

@@ -1,4 +1,4 @@
-// Quantizing and packing, in the very order of operations of kvfold/store/affine.py, so that codes and scales are the same bit
+// Quantizing and packing, in the very order of operations of kvfold/store/affine.py and fp8.py, so that codes and scales are the same bit
 // for bit. Compiled without contraction: a fused multiply-add rounds once where torch rounds twice.
 #include <cmath>
 
@@ -210,11 +210,53 @@ void by_token(const Encoding& e, const float* x, int tokens, int head_dim, const
   }
 }
 
+typedef uint8_t vb __attribute__((vector_size(W)));
+
+// In 8 bits, |x| <= the format's largest: kM bits of mantissa, to the nearest, ties to even.
+template <int kM, int kBias>
+vu to_float8(vf x) {
+  constexpr uint32_t least = uint32_t(128 - kBias) << 23;             // the smallest number that is not subnormal
+  constexpr uint32_t shifter = uint32_t(127 + 24 - kBias - kM) << 23;  // adding it brings a subnormal's lowest bit to a float's lowest place
+  const vu all_bits = bits<vu>(x), magnitude = all_bits & 0x7fffffffu;
+  const vu normal = (magnitude - (uint32_t(127 - kBias) << 23) + ((1u << (22 - kM)) - 1) + (magnitude >> (23 - kM) & 1u)) >> (23 - kM);
+  const vu subnormal = bits<vu>(bits<vf>(magnitude) + bits<float>(shifter)) - shifter;
+  const vi small = bits<vi>(magnitude) < int32_t(least);
+  return (bits<vu>(small) & subnormal) | (~bits<vu>(small) & normal) | (all_bits >> 24 & 0x80u);
+}
+
+// kvfold/store/fp8.py: a scale a token, or none. Tokens may be read beyond their end: memory is padded.
+template <int kM, int kBias>
+void to_floats8(const Encoding& e, const float* x, int tokens, int head_dim, float most, const Encoded& to) {
+  for (int t = 0; t < tokens; t++, x += head_dim) {
+    float divisor = 1;
+    if (e.scale_kind == ScaleKind::HALF) {
+      vf highest = {};
+      int d = 0;
+      for (; d + W <= head_dim; d += W) highest = larger(highest, bits<vf>(bits<vu>(load(x + d)) & 0x7fffffffu));
+      float most_here = largest(highest);
+      for (; d < head_dim; d++) most_here = std::fabs(x[d]) > most_here ? std::fabs(x[d]) : most_here;
+      const float step = most_here / most * 1.0009765625f + kTiny / 2;
+      const uint16_t scale = half_within(step < kTiny ? kTiny : step);
+      memcpy(to.scale + 2 * t, &scale, 2);
+      divisor = half_at(&scale);
+    }
+    uint8_t* codes = to.codes + int64_t(t) * head_dim;
+    for (int d = 0; d < head_dim; d += W) {
+      vf y = load(x + d) / divisor;
+      y = y > all(most) ? all(most) : y < all(-most) ? all(-most) : y;
+      const vb code = __builtin_convertvector((to_float8<kM, kBias>(y)), vb);
+      memcpy(codes + d, &code, head_dim - d < W ? head_dim - d : W);
+    }
+  }
+}
+
 }  // namespace
 
 void KVFOLD_ENCODE(const Encoding& e, const uint8_t* x, int tokens, int head_dim, const Encoded& to, float* memory) {
   const int64_t size = int64_t(tokens) * head_dim, padded = (size + 2 * W - 1) / W * W;
   read_floats(e, x, size, memory);
+  if (e.kind == Kind::E4M3) return to_floats8<3, 7>(e, memory, tokens, head_dim, 448.0f, to);
+  if (e.kind == Kind::E5M2) return to_floats8<2, 15>(e, memory, tokens, head_dim, 57344.0f, to);
   uint8_t* codes = reinterpret_cast<uint8_t*>(memory + padded);
   float* lines = memory + padded + (2 * size + 3) / 4 + W;
   (e.by_channel ? by_channel : by_token)(e, memory, tokens, head_dim, to, codes, lines);

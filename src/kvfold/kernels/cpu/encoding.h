@@ -4,9 +4,9 @@
 
 namespace kvfold {
 
-// How a block of tokens becomes integers; kvfold/store/affine.py is the definition, bit for bit.
+// How a block of tokens becomes integers or small floats; kvfold/store/affine.py and fp8.py are the definition, bit for bit.
 struct Encoding {
-  Kind kind;   // I8, I4 or I2
+  Kind kind;   // I8, I4 or I2; E4M3 or E5M2 by token, with no scale or a half
   Kind input;  // F32, BF16 or F16
   bool by_channel, symmetric;
   ScaleKind scale_kind;

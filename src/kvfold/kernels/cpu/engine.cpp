@@ -185,7 +185,7 @@ void encode(const Encoding& e, const uint8_t* x, int64_t blocks, int tokens, int
   parallel_for(int((all_tokens + piece - 1) / piece), num_threads, [&](int i, int) {
     const int64_t first = i * piece, count = std::min(piece, all_tokens - first);
     const int64_t scales = first * token_scales + i * block_scales;
-    const Encoded at = {to.codes + first * head_dim * bits / 8, to.scale + scales * scale_bytes,
+    const Encoded at = {to.codes + first * head_dim * bits / 8, to.scale ? to.scale + scales * scale_bytes : nullptr,
                         to.zero ? to.zero + scales : nullptr, to.base ? to.base + i : nullptr};
     float* memory = scratch(encode_floats(int(count), head_dim, int(groups)));
     kernels().encode(e, x + first * head_dim * number_bytes, int(count), head_dim, at, memory);

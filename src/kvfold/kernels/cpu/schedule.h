@@ -8,10 +8,21 @@
 namespace kvfold {
 
 // The segments of a layer's cache, oldest first; all rows hold the same slots. Tokens are put behind the last segment, a run or
-// dense blocks, for which it must have room.
+// dense blocks, for which it must have room. With `apart`, the last segment is a run for a single token, the one that comes: once
+// it has been attended to, it goes behind the segment before, into blocks of a codec that takes tokens one by one.
 struct Tail {
   std::vector<Segment> segments;
   std::vector<std::vector<int64_t>> starts, lengths;  // by segment and row; empty where a segment has slots
+  bool apart;
+};
+
+// The segments of a layer's cache under a keep policy: sinks, if it has any, then blocks, if it has any, then a run, in whose next
+// place tokens come. All but sinks may go. With `moves` the run has one place, and a token that has been attended to goes from
+// there into the blocks, to the place of the one that goes.
+struct Turnover {
+  std::vector<Segment> segments;
+  bool has_sinks, has_blocks, moves;
+  int places;  // of blocks and run: those of a row
 };
 
 // Cosines and sines by token, [count, size], or [1, size] where all tokens have the same position.
@@ -34,6 +45,35 @@ void before_attention(const DecoderLayer&, const void* hidden, int count, const 
 
 // The layer's output [count, H], given its input and the attention's output [count, Hq * D].
 void after_attention(const DecoderLayer&, const void* hidden, const float* attended, int count, void* out, int num_threads);
+
+// Writes a token of a row to a place of its blocks: K and V, `number` each, in the codes of a codec that takes tokens one by one,
+// which are dense, of that number, or 8-bit floats.
+void put(const Segment&, int row, int64_t place, Number, const void* k, const void* v);
+
+// Where a place of a row lies, in K or V of a segment.
+uint8_t* place_in(const Segment&, const Side&, int row, int64_t place);
+
+// What sinks are looked at with: q moved by some positions (kvfold/rope.py), or q itself where inv_freq is null.
+struct Shift {
+  const float* inv_freq;  // [half]
+  int half;
+  int64_t positions;
+};
+
+// The first part of a layer for the next token of every sequence, up to its attention: keys and values go to `place` of the run
+// with that `slot`; attended [count, Hq * D]; and where `mass [rows, places]` is not null, what tokens received, over a group's
+// query heads the largest or the mean. `score [rows, places]` is the policy's number of a token, or null;
+// `queries [count, Hq * D]` get what was asked, scaled, where it is not null.
+void come(const DecoderLayer&, Turnover&, const void* hidden, int count, const Positions&, const Shift& of_sinks, float scaling,
+          float softcap, int place, int64_t slot, bool by_largest, float* score, float* mass, float* queries, float* attended,
+          int num_threads);
+
+// Of each row the token of the lowest `rank [rows, places]` goes (null: the oldest), of equals the oldest; those in slots from
+// `first_recent` on only before what ranks as infinite. With `moves` the one that came takes its place.
+void go(Turnover&, Number, const float* rank, int64_t first_recent, float* score);
+
+// With `moves`: where none has to go, the token that came takes the first free place of its blocks, if there is one.
+void settle(Turnover&, Number, float* score);
 
 // The whole layer for the next token of every sequence: `hidden [count, H]` to `out [count, H]`; its keys and values go to the tail.
 void step(const DecoderLayer&, Tail&, const void* hidden, int count, const Positions&, float scaling, float softcap, void* out,

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine.h"
@@ -198,20 +199,29 @@ void after_attention(const DecoderLayer& layer, const void* hidden, const float*
   k.save(layer.number, mem.hidden.data(), int64_t(count) * size, out);
 }
 
-namespace {
-
-// Behind the last token of a row, in K or V of a segment.
-void* end_of(const Segment& s, const Side& side, int row, int64_t length) {
-  const uint8_t* place = side.codes + length % s.block * side.line_bytes;
+uint8_t* place_in(const Segment& s, const Side& side, int row, int64_t place) {
+  const uint8_t* at = side.codes + row * side.row_bytes + place * side.line_bytes;
   if (s.table) {
-    place += s.table[int64_t(row) * s.columns + length / s.block] * side.block_bytes;
-  } else {
-    place = side.codes + row * side.row_bytes + length * side.line_bytes;
+    const int64_t block = s.table[int64_t(row) * s.columns + place / s.block];
+    at = side.codes + block * side.block_bytes + place % s.block * side.line_bytes;
   }
-  return const_cast<uint8_t*>(place);
+  return const_cast<uint8_t*>(at);
 }
 
-}  // namespace
+void put(const Segment& s, int row, int64_t place, Number number, const void* k, const void* v) {
+  for (const auto& [side, x] : {std::pair(&s.k, k), std::pair(&s.v, v)}) {
+    uint8_t* codes = place_in(s, *side, row, place);
+    if (side->kind != Kind::E4M3 && side->kind != Kind::E5M2) {
+      std::memcpy(codes, x, side->line_bytes);
+      continue;
+    }
+    const Kind input = number == Number::F32 ? Kind::F32 : number == Number::BF16 ? Kind::BF16 : Kind::F16;
+    const Encoding encoding = {side->kind, input, false, true, side->scale_kind, s.head_dim, nullptr, nullptr};
+    const int64_t token = s.table[int64_t(row) * s.columns + place / s.block] * s.block + place % s.block;
+    uint8_t* scale = side->scale ? const_cast<uint8_t*>(side->scale) + 2 * token : nullptr;
+    encode(encoding, static_cast<const uint8_t*>(x), 1, 1, s.head_dim, {codes, scale, nullptr, nullptr}, 1);
+  }
+}
 
 void step(const DecoderLayer& layer, Tail& tail, const void* hidden, int count, const Positions& positions, float scaling, float softcap,
           void* out, int num_threads) {
@@ -224,14 +234,16 @@ void step(const DecoderLayer& layer, Tail& tail, const void* hidden, int count, 
   before_attention(layer, hidden, count, positions, mem.q.data(), mem.keys.data(), mem.values.data(), num_threads);
   for (float& x : mem.q) x *= scaling;
 
-  const Segment& last = tail.segments.back();
-  std::vector<int64_t>& lengths = tail.lengths.back();
+  const size_t home_of_tokens = tail.segments.size() - (tail.apart ? 2 : 1);
+  const Segment &home = tail.segments[home_of_tokens], &last = tail.segments.back();
+  std::vector<int64_t>& lengths = tail.lengths[home_of_tokens];
+  const int64_t slot = tail.starts[home_of_tokens][0] + lengths[0];
   for (int row = 0; row < rows; row++) {
-    std::memcpy(end_of(last, last.k, row, lengths[row]), mem.keys.data() + row * bytes, bytes);
-    std::memcpy(end_of(last, last.v, row, lengths[row]), mem.values.data() + row * bytes, bytes);
-    lengths[row]++;
+    const int64_t place = tail.apart ? 0 : lengths[row]++;
+    std::memcpy(place_in(last, last.k, row, place), mem.keys.data() + row * bytes, bytes);
+    std::memcpy(place_in(last, last.v, row, place), mem.values.data() + row * bytes, bytes);
+    if (tail.apart) tail.starts.back()[row] = slot;
   }
-  const int64_t slot = tail.starts.back()[0] + lengths[0] - 1;
 
   std::vector<Part> parts;
   for (size_t i = 0; i < tail.segments.size(); i++) {
@@ -245,6 +257,9 @@ void step(const DecoderLayer& layer, Tail& tail, const void* hidden, int count, 
   mem.attention.resize(int64_t(rows) * groups * d);
   mem.lse.resize(rows * groups);
   attend({rows, groups, 1, d, &slot, softcap}, parts, mem.attention.data(), mem.lse.data(), num_threads);
+  for (int row = 0; tail.apart && row < rows; row++) {
+    put(home, row, lengths[row]++, layer.number, mem.keys.data() + row * bytes, mem.values.data() + row * bytes);
+  }
   after_attention(layer, hidden, mem.attention.data(), count, out, num_threads);
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kvfold.kernels import cpu
+from kvfold.kernels.cpu.library import address
 
 TILE_ROWS = 16
 GROUP = 32
@@ -18,9 +19,9 @@ TILE_BYTES = {"int4": 320, "int8": 544}
 MOST_VECTORS = 8
 """Tokens that a step takes; with more, matrix products on plain numbers are faster."""
 
-_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PACKED = {"int4": 3, "int8": 4}
-_KNOWN = {*_NUMBERS, torch.uint8}
+_KNOWN = {*NUMBERS, torch.uint8}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
@@ -30,7 +31,7 @@ def usable() -> bool:
 
 
 def supports(dtype: torch.dtype) -> bool:
-    return dtype in _NUMBERS
+    return dtype in NUMBERS
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Norm:
 
 def dense_weight(data: torch.Tensor, bias: torch.Tensor | None) -> Weight:
     """Plain numbers, `[rows, columns]`."""
-    if data.dim() != 2 or data.dtype not in _NUMBERS:
+    if data.dim() != 2 or data.dtype not in NUMBERS:
         raise ValueError(f"a weight has two axes of float32, bfloat16 or float16, this is {data.dtype} {tuple(data.shape)}")
     rows, columns = data.shape
-    return _weight(_NUMBERS[data.dtype], data, rows, columns, bias)
+    return _weight(NUMBERS[data.dtype], data, rows, columns, bias)
 
 
 def packed_weight(form: str, data: torch.Tensor, rows: int, columns: int, bias: torch.Tensor | None) -> Weight:
@@ -97,7 +98,7 @@ def linear(weight: Weight, x: torch.Tensor) -> torch.Tensor:
     out = x.new_empty(*x.shape[:-1], weight.rows)
     if count:
         _choose()
-        cpu._native.linear(weight.native, _NUMBERS[x.dtype], x.data_ptr(), count, out.data_ptr(), torch.get_num_threads())
+        cpu._native.linear(weight.native, NUMBERS[x.dtype], x.data_ptr(), count, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -107,7 +108,7 @@ def unpack(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
         raise ValueError(f"the weight is not packed, it is {weight.data.dtype}")
     out = torch.empty(weight.rows, weight.columns, dtype=dtype)
     _choose()
-    cpu._native.unpack(weight.native, _NUMBERS[dtype], out.data_ptr(), torch.get_num_threads())
+    cpu._native.unpack(weight.native, NUMBERS[dtype], out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -154,7 +155,7 @@ class DecoderLayer:
         self.weights, self.norms = weights, norms
         native = [[w.native for w in weights], [n.native for n in norms]]
         self._native = cpu._native.decoder_layer(
-            _NUMBERS[dtype], ACTIVATIONS[activation], num_query_heads, num_kv_heads, head_dim, *native
+            NUMBERS[dtype], ACTIVATIONS[activation], num_query_heads, num_kv_heads, head_dim, *native
         )
 
     def before_attention(
@@ -178,7 +179,7 @@ class DecoderLayer:
             self._native,
             hidden.data_ptr(),
             batch * length,
-            _NUMBERS[cos.dtype],
+            NUMBERS[cos.dtype],
             cos.data_ptr(),
             sin.data_ptr(),
             cos.shape[-1],
@@ -207,7 +208,7 @@ class DecoderLayer:
             tail,
             hidden.data_ptr(),
             hidden.shape[0],
-            _NUMBERS[cos.dtype],
+            NUMBERS[cos.dtype],
             cos.data_ptr(),
             sin.data_ptr(),
             cos.shape[-1],
@@ -218,6 +219,66 @@ class DecoderLayer:
             torch.get_num_threads(),
         )
         return out
+
+    def come(
+        self,
+        turnover: Any,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        scaling: float,
+        softcap: float | None,
+        *,
+        place: int,
+        slot: int,
+        shift: tuple[torch.Tensor, int] | None,
+        largest: bool,
+        score: torch.Tensor | None,
+        mass: torch.Tensor | None,
+        queries: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The layer for the next token of every sequence, up to its attention: `hidden [B, 1, H]` to `[B, 1, Hq, D] float32`.
+
+        Args:
+            turnover: a native one; the token goes to a `place` of its run, with that `slot`.
+            cos, sin: `[1 or B, 1, rotary dim]`.
+            shift: by which positions queries are moved where they look at sinks, by these frequencies `[half] float32`.
+            largest: whether a KV head's tokens receive the largest of their query heads, or else the mean.
+            score: `[R, N] float32`, in which the new token gets 0.
+            mass: `[R, N] float32`, which becomes what tokens received.
+            queries: `[R, G, 1, D] float32`, which become what was asked, scaled.
+        """
+        cos, sin, same = self._positions(hidden, cos, sin)
+        attended = torch.empty(hidden.shape[0], 1, self.num_query_heads, self.head_dim)
+        inv_freq, by = shift if shift else (None, 0)
+        if inv_freq is not None:
+            _check("inv_freq", inv_freq, (cos.shape[-1] // 2,), torch.float32)
+        _choose()
+        cpu._native.come(
+            self._native,
+            turnover,
+            hidden.data_ptr(),
+            hidden.shape[0],
+            NUMBERS[cos.dtype],
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cos.shape[-1],
+            same,
+            address(inv_freq),
+            cos.shape[-1] // 2,
+            by,
+            scaling,
+            softcap or 0.0,
+            place,
+            slot,
+            largest,
+            address(score),
+            address(mass),
+            address(queries),
+            attended.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return attended
 
     def after_attention(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The layer's output `[B, Q, H]`, given its input and `attended [B, Q, Hq, D] float32`."""
@@ -254,7 +315,7 @@ def _choose() -> None:
 
 
 def _count(x: torch.Tensor, columns: int) -> int:
-    if x.dtype not in _NUMBERS or x.dim() < 1 or x.shape[-1] != columns:
+    if x.dtype not in NUMBERS or x.dim() < 1 or x.shape[-1] != columns:
         raise ValueError(f"vectors must be [..., {columns}] of float32, bfloat16 or float16, not {x.dtype} {tuple(x.shape)}")
     count = x.numel() // columns
     if count > MOST_VECTORS:

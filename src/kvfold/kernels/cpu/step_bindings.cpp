@@ -41,21 +41,39 @@ DecoderLayer decoder_layer(int number, int activation, int num_query_heads, int 
   return layer;
 }
 
-// `given` has (segment, starts, lengths) of each segment; the last one grows, and its slots follow from start and length.
-Tail tail(nb::list given) {
+// `given` has (segment, starts, lengths) of each segment; the last one grows, or with `apart` the one before: see schedule.h. Slots of
+// the last one follow from start and length.
+Tail tail(nb::list given, bool apart) {
   Tail result;
+  result.apart = apart;
   for (nb::handle one : given) {
     nb::tuple fields = nb::cast<nb::tuple>(one);
     result.segments.push_back(nb::cast<const Segment&>(fields[0]));
     result.starts.push_back(nb::cast<std::vector<int64_t>>(fields[1]));
     result.lengths.push_back(nb::cast<std::vector<int64_t>>(fields[2]));
   }
-  if (result.segments.empty()) throw nb::value_error("a tail has a segment");
+  if (result.segments.size() < (apart ? 2u : 1u)) throw nb::value_error("a tail has a segment, or two");
   Segment& last = result.segments.back();
-  if (result.starts.back().size() != size_t(last.rows) || result.lengths.back().size() != size_t(last.rows)) {
-    throw nb::value_error("a start and a length for every row");
+  for (size_t i = result.segments.size() - (apart ? 2 : 1); i < result.segments.size(); i++) {
+    if (result.starts[i].size() != size_t(last.rows) || result.lengths[i].size() != size_t(last.rows)) {
+      throw nb::value_error("a start and a length for every row");
+    }
   }
   last.slots = nullptr;
+  return result;
+}
+
+// `given`: sinks, if `has_sinks`, blocks, if `has_blocks`, and a run; all with slots.
+Turnover turnover(nb::list given, bool has_sinks, bool has_blocks, bool moves, int places) {
+  Turnover result = {{}, has_sinks, has_blocks, moves, places};
+  for (nb::handle one : given) result.segments.push_back(nb::cast<const Segment&>(one));
+  if (result.segments.size() != 1u + has_sinks + has_blocks) throw nb::value_error("sinks, blocks and a run");
+  int found = result.segments.back().width;
+  if (has_blocks) found += result.segments[result.segments.size() - 2].width;
+  for (const Segment& s : result.segments) {
+    if (!s.slots || s.rows != result.segments.back().rows) throw nb::value_error("segments with slots, of the same rows");
+  }
+  if (found != places || (moves && (!has_blocks || result.segments.back().width != 1))) throw nb::value_error("other places");
   return result;
 }
 
@@ -76,15 +94,34 @@ void bind_step(nb::module_& m) {
   m.def("step", [](const DecoderLayer& layer, Tail& tail, uintptr_t hidden, int count, int number, uintptr_t cos, uintptr_t sin, int size,
                    bool same, float scaling, float softcap, uintptr_t out, int num_threads) {
     check(count);
-    const Segment& last = tail.segments.back();
+    const size_t home = tail.segments.size() - (tail.apart ? 2 : 1);
+    const Segment& last = tail.segments[home];
     if (last.rows != count * layer.num_kv_heads || last.head_dim != layer.head_dim) throw nb::value_error("a tail of other rows");
-    for (int64_t length : tail.lengths.back()) {
+    for (int64_t length : tail.lengths[home]) {
       if (length >= capacity(last)) throw nb::value_error("a tail without room");
     }
     nb::gil_scoped_release release;
     const Positions positions = {Number(number), pointer<void>(cos), pointer<void>(sin), size, same};
     step(layer, tail, pointer<void>(hidden), count, positions, scaling, softcap, pointer<void>(out), num_threads);
   });
+  nb::class_<Turnover>(m, "Turnover");
+  m.def("turnover", &turnover);
+  m.def("come", [](const DecoderLayer& layer, Turnover& t, uintptr_t hidden, int count, int number, uintptr_t cos, uintptr_t sin,
+                   int size, bool same, uintptr_t inv_freq, int half, int64_t shift, float scaling, float softcap, int place, int64_t slot,
+                   bool by_largest, uintptr_t score, uintptr_t mass, uintptr_t queries, uintptr_t attended, int num_threads) {
+    check(count);
+    const Segment& run = t.segments.back();
+    if (run.rows != count * layer.num_kv_heads || run.head_dim != layer.head_dim) throw nb::value_error("a turnover of other rows");
+    if (place < 0 || place >= run.width) throw nb::value_error("a run without room");
+    nb::gil_scoped_release release;
+    const Positions positions = {Number(number), pointer<void>(cos), pointer<void>(sin), size, same};
+    come(layer, t, pointer<void>(hidden), count, positions, {pointer<float>(inv_freq), half, shift}, scaling,
+         softcap, place, slot, by_largest, pointer<float>(score), pointer<float>(mass), pointer<float>(queries), pointer<float>(attended), num_threads);
+  });
+  m.def("go", [](Turnover& t, int number, uintptr_t rank, int64_t first_recent, uintptr_t score) {
+    go(t, Number(number), pointer<float>(rank), first_recent, pointer<float>(score));
+  });
+  m.def("settle", [](Turnover& t, int number, uintptr_t score) { settle(t, Number(number), pointer<float>(score)); });
   m.attr("most_vectors") = kMostVectors;
   m.def("weight", &weight);
   m.def("norm", &norm);

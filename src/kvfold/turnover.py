@@ -1,0 +1,212 @@
+"""The end of a layer's cache under a keep policy while tokens come one by one: one comes, and one goes.
+
+As a `kvfold.tail` does without a policy, a `Turnover` has what such a step needs in one object of the compiled kernels, so that
+little runs in Python by token and layer: the policy's own arithmetic, on numbers that lie row by row until someone looks at the
+layer's segments. What it does is what `LayerCache.attend` does, number for number.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kvfold import kernels
+from kvfold.blocks import Blocks
+from kvfold.candidates import Candidates, empty_chunk
+from kvfold.eviction import Eviction
+from kvfold.keep.base import Keep, KeepContext, Moment
+from kvfold.kernels import cpu
+from kvfold.kernels.cpu import step
+from kvfold.kernels.cpu.library import address, check
+from kvfold.modes import in_normal_mode
+from kvfold.segment import ROOM, Run
+from kvfold.tail import takes_tokens
+
+_NEVER = torch.iinfo(torch.int64).max
+
+
+class Turnover(Candidates):
+    """Blocks, and a run in which tokens come: the places of both, in this order, are what the policy chooses among.
+
+    Where the codec takes tokens one by one, the run has one place, and a token goes on into the blocks once it has been
+    attended to. Elsewhere it stays in the run, behind the recent ones, until the layer encodes a block.
+
+    Attributes:
+        count: tokens of each row, sinks left out.
+        place: of the run, where the next token goes.
+    """
+
+    def __init__(self, sink: Run, body: Blocks, run: Run, place: int, eviction: Eviction, moves: bool):
+        super().__init__(body, run, empty_chunk(run))
+        self.run, self.place, self.eviction, self.moves = run, place, eviction, moves
+        self.count = super().counts()[0]
+        self.num_sinks = sink.width
+        self._shape = len(run.slots), body.width + run.width
+        segments = [segment.locate(run.k.shape[-1]) for segment in (sink, body, run) if segment.width]
+        self._segments = [found for found in segments if found]  # they own what the compiled code points to
+        given = [found.descriptor.native for found in self._segments]
+        self._native = cpu._native.turnover(given, sink.width > 0, body.width > 0, moves, self._shape[1])
+        if eviction.keep.scored:  # held here alone
+            self._score = super().score() if body.width else super().score().clone()
+            run.score = None
+            body.pool.take_scores()
+        keep = eviction.keep
+        self._observes, self._learns = keep.observed(1) > 0, type(keep).learn is not Keep.learn
+        self._told = type(keep).settle is not Keep.settle
+        site, (num_rows, _, head_dim) = eviction.site, run.k.shape
+        self._query_shape = num_rows, site.num_query_heads // site.num_kv_heads, 1, head_dim
+
+    @staticmethod
+    def open(sink: Run, body: Blocks, recent: Run, eviction: Eviction, window: int, num_real: int) -> "Turnover | None":
+        """One for rows that have as many tokens each; None where the next token has to go the long way.
+
+        It is then the only one that holds what is recent, and the scores.
+
+        Args:
+            window: recent tokens that stay dense.
+            num_real: tokens of each sequence so far.
+        """
+        keep, dtype = eviction.keep, recent.k.dtype
+        pool = body.pool
+        if keep.heads != "uniform" or body.contiguous or pool.shared or not (pool.in_one_place and sink.whole):
+            return None
+        if kernels.serving(recent.k.device.type) is not cpu or not cpu.supports_dense(dtype):
+            return None
+        moves = body.unit == "token" and window == 0 and recent.width == 0 and takes_tokens(body.codec, dtype)
+        room = 1 if moves else min(ROOM, window + pool.block - 1 - recent.width)
+        if (moves and not (body.width and pool.full)) or (not moves and body.unit == "token") or room < 1:
+            return None
+        if body.width and not body.locate(recent.k.shape[-1]):
+            return None
+        counts = {a + b for a, b in zip(body.num_tokens(), recent.num_tokens(), strict=True)}
+        if len(counts) > 1 or not _fits(body, moves, counts.pop(), eviction.allowed_after(num_real + 1) - sink.width):
+            return None
+        return Turnover(sink, body, _with_room(recent, room), recent.width, eviction, moves)
+
+    def has_room(self, num_real: int) -> bool:
+        """Whether one more token finds a place, after `num_real` of its sequence, and one at most has to go for it."""
+        there = self.moves or self.place < self.run.width
+        return there and _fits(self.body, self.moves, self.count, self._allowed(num_real + 1))
+
+    def _allowed(self, num_real: int) -> int:
+        return self.eviction.allowed_after(num_real) - self.num_sinks
+
+    # -- a step ----------------------------------------------------------------------------------------------------------
+
+    @in_normal_mode
+    def step(
+        self,
+        layer: step.DecoderLayer,
+        hidden: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor],
+        scaling: float,
+        softcap: float | None,
+        slot: int,
+    ) -> torch.Tensor:
+        """The whole layer for the next token of every sequence, in `slot`: `hidden [B, 1, H]` to `[B, 1, H]`.
+
+        positions: cosines and sines of RoPE, `[1 or B, 1, rotary dim]`.
+        """
+        keep = self.eviction.keep
+        if keep.strict and self.count + 1 > self._allowed(slot + 1):  # the query is not to see it
+            self._go(None, _NEVER)
+        mass = torch.empty(self._shape) if self._observes else None
+        queries = torch.empty(self._query_shape) if self._learns else None
+        place = self.place
+        attended = layer.come(
+            self._native,
+            hidden,
+            *positions,
+            scaling,
+            softcap,
+            place=place,
+            slot=slot,
+            shift=self._shift(slot),
+            largest=keep.group == "max",
+            score=self._score,
+            mass=mass,
+            queries=queries,
+        )
+        self.count += 1
+        self.place += not self.moves
+        if type(keep).first_score is not Keep.first_score:
+            self.score()[:, self.body.width + place, None] = keep.first_score(self.run.k[:, place, None])
+        num_seqs = len(hidden)
+        moment = Moment(slot + 1, [slot + 1] * num_seqs, [1] * num_seqs)
+        self._settle(mass, queries, self.eviction.context(self, moment, [self.num_sinks] * self._shape[0]))
+        return layer.after_attention(hidden, attended)
+
+    def _settle(self, mass: torch.Tensor | None, queries: torch.Tensor | None, ctx: KeepContext) -> None:
+        """The policy learns from the newest token's query, and one goes if there are too many."""
+        keep, slot, allowed = self.eviction.keep, ctx.moment.num_seen - 1, ctx.allowed[0]
+        if queries is not None:
+            keep.learn(queries, torch.full((len(queries), 1), slot), ctx)
+        if mass is not None:
+            if keep.measure == "hits":
+                mass = (mass * (self.count + self.num_sinks) >= 1).float()
+            self.set_score(keep.update(self.score(), mass, ctx))
+        if self.count <= allowed:
+            if self.moves:
+                cpu._native.settle(self._native, step.NUMBERS[self.run.k.dtype], address(self._score))
+        elif self._told:
+            rank = self.eviction.rank(self, ctx)
+            self.eviction.victim(self, rank, ctx)
+            self._go(rank, _NEVER)
+        else:
+            self._go(self.eviction.rank_beside_recent(self, ctx), slot + 1 - keep.recent.tokens(allowed))
+
+    def _shift(self, slot: int) -> tuple[torch.Tensor, int] | None:
+        """How queries are moved where they look at sinks, with positions that are counted inside the cache."""
+        if not (self.eviction.keep.reindex and self.num_sinks):
+            return None
+        assert self.eviction.rope is not None
+        gone = max(0, slot + 1 - self.eviction.allowed_after(slot + 1))
+        return self.eviction.rope.inv_freq, -gone
+
+    def _go(self, rank: torch.Tensor | None, first_recent: int) -> None:
+        """One token of each row goes: that of the lowest `rank [R, N] float32`, or the oldest."""
+        if rank is not None:
+            rank = rank.contiguous()
+            check("rank", rank, self._shape, torch.float32)
+        cpu._native.go(self._native, step.NUMBERS[self.run.k.dtype], address(rank), first_recent, address(self._score))
+        self.count -= 1
+
+    def close(self) -> Run:
+        """Writes back what has changed, and returns what is recent."""
+        width = self.body.width
+        if self._score is not None:
+            self.body.pool.give_scores()
+        if width:
+            self.body.lengths = (self.body.slots() >= 0).sum(1).tolist()
+            if self._score is not None:
+                self.body.set_score(self._score[:, :width])
+        score = None if self._score is None else self._score[:, width:]
+        return Run(self.run.k, self.run.v, self.run.slots, score).where(self.run.slots >= 0).owned()
+
+    # -- what the policy sees --------------------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """`[R, N] int32`, as they are now."""
+        of_run = self.run.slots
+        return torch.cat([self.body.slots(), of_run], 1) if self.body.width else of_run
+
+    def counts(self) -> list[int]:
+        return [self.count] * self._shape[0]
+
+    def score(self) -> torch.Tensor:
+        assert self._score is not None
+        return self._score
+
+    def set_score(self, score: torch.Tensor) -> None:
+        self._score = score.contiguous()
+
+
+def _fits(body: Blocks, moves: bool, count: int, allowed: int) -> bool:
+    """Whether rows of `count` tokens can take one more without losing more than one: a budget that layers share may shrink."""
+    return count <= allowed and (not moves or count < body.width or count == allowed)
+
+
+def _with_room(recent: Run, num_new: int) -> Run:
+    """A copy of a run with room for more tokens behind it, which are zero."""
+    pad = (0, 0, 0, num_new)
+    score = None if recent.score is None else F.pad(recent.score, (0, num_new))
+    return Run(F.pad(recent.k, pad), F.pad(recent.v, pad), F.pad(recent.slots, (0, num_new), value=-1), score)
