@@ -201,10 +201,23 @@ def whole_model(state: Session) -> None:
         model = LlamaForCausalLM(config).to(torch.float32 if state.smoke else torch.bfloat16).eval()
     ids = torch.randint(0, config.vocab_size, (1, tokens), device=state.device)
     rows = state.results["model"] = []
-    makers: dict[str, Callable[[], Any]] = {"DynamicCache": lambda: DynamicCache(config=config)}
+
+    def plain(attention: str, cache: Callable[[], Any]) -> Callable[[], Any]:
+        """A cache of transformers under one of its own attention functions; kvfold's caches bring theirs."""
+
+        def make() -> Any:
+            model.set_attn_implementation(attention)
+            return cache()
+
+        return make
+
+    makers: dict[str, Callable[[], Any]] = {"DynamicCache sdpa": plain("sdpa", lambda: DynamicCache(config=config))}
+    if importlib.util.find_spec("flash_attn") and not state.smoke:
+        makers["DynamicCache flash-attn 2"] = plain("flash_attention_2", lambda: DynamicCache(config=config))
     for backend in ("quanto", "hqq"):
         if importlib.util.find_spec({"quanto": "optimum"}.get(backend, backend)):
-            makers[f"QuantizedCache {backend} int4"] = lambda b=backend: QuantizedCache(b, config, nbits=4)
+            made = plain("sdpa", lambda b=backend: QuantizedCache(b, config, nbits=4))
+            makers[f"QuantizedCache {backend} int4"] = made
     makers |= {plan: (lambda p=plan: kvfold.cache(model, PLANS[p])) for plan in (["int4"] if state.smoke else PLANS)}
     for name, make in makers.items():
         if not state.left(f"whole model, {name}", 15):

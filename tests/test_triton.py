@@ -159,6 +159,23 @@ def test_large_scores_do_not_overflow() -> None:
 # -- codes that name levels ---------------------------------------------------------------------------------------------------
 
 
+def test_floats_by_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on devices that have no instruction for e4m3: all codes, subnormal ones as well."""
+    monkeypatch.setattr(triton, "capability", lambda device: (8, 0))
+    case = Case(length=130)
+    codec = Float8("e4m3", True)
+    segment = blocks_of(KVCodec(codec, codec), case)
+    for name in ("k.codes", "v.codes"):
+        x = segment.pool.fields[name]
+        codes = torch.arange(x.numel(), device=x.device).to(torch.uint8).view_as(x)
+        x.copy_(torch.where((codes & 0x7F) == 0x7F, 0, codes))  # all but NaN
+        segment.pool.fields[name.replace("codes", "scale")].fill_(2.0**-6)
+    place = segment.locate(case.head_dim)
+    assert place is not None
+    assert place.descriptor.k_side.by_bits
+    check(segment, query_of(case))
+
+
 @pytest.mark.parametrize("num_levels", [16, 4])
 def test_table_coded_segments(num_levels: int) -> None:
     levels = torch.linspace(-1, 1, num_levels).mul(1.3).sinh().tolist()

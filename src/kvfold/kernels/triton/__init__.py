@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -162,7 +162,7 @@ def describe_blocks(
     _check("table", table, tuple(table.shape), torch.int64)
     if slots is not None:
         _check("slots", slots, (capacity, codec.block), torch.int32)
-    k_side, v_side = (_side(_inner(side), codec.block, head_dim) for side in (codec.k, codec.v))
+    k_side, v_side = (_side_on(table.device, _inner(side), codec.block, head_dim) for side in (codec.k, codec.v))
     _check_fields("k", _inner(codec.k), k_side, part("k", fields), capacity)
     _check_fields("v", _inner(codec.v), v_side, part("v", fields), capacity)
     levels = (_levels(codec.k, table.device), _levels(codec.v, table.device))
@@ -195,6 +195,18 @@ def _known(codec: TensorCodec) -> bool:
     if type(codec) is Affine:
         return codec.bits in (8, 4, 2) and (codec.axis == "token" or codec.block % codec.group == 0)
     return type(codec) is Float8 or (type(codec) is DenseCodec and codec.dtype in _DENSE)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU, (9, 0) for Hopper, say; Triton's interpreter counts as one."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def _side_on(device: torch.device, codec: TensorCodec, block: int, head_dim: int) -> "Side":
+    side = _side(codec, block, head_dim)
+    is_e4m3 = side.kind == "float8" and side.bits == _EXPONENT_BITS["e4m3"]
+    return replace(side, by_bits=True) if is_e4m3 and capability(device) < (8, 9) else side
 
 
 @functools.cache

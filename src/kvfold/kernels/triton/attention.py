@@ -12,7 +12,7 @@ one product, need be padded to 8 and not to 16 or 64. For many queries sums over
 import triton.language as tl
 
 from kvfold.kernels.triton.layout import code_of_column, fetch, numbers
-from kvfold.kernels.triton.tiles import LOG2_E, kernel, line_of, product, query_tile, score_tile, token_order, visible
+from kvfold.kernels.triton.tiles import LOG2_E, kernel, line_of, place_of, product, query_tile, score_tile, token_order, visible
 
 
 @kernel
@@ -94,19 +94,13 @@ def attend_kernel(
             present = upcoming >= 0
             block = tl.maximum(upcoming, 0)
             upcoming = tl.load(table + row * num_blocks + column + 1, mask=column + 1 < last, other=0)
-            k_start = block * (K.lines * K.width)
-            v_start = block * (V.lines * V.width)
-            line = token
         else:
             present = True
             block = upcoming
-            first_line = column * TOKENS + block * 0  # 64 bits wide
-            k_start = block * k_row_stride + first_line * k_line_stride
-            v_start = block * v_row_stride + first_line * v_line_stride
-            line = tl.minimum(token, uniform_length - 1 - column * TOKENS)  # a run ends with its last token
+        line = token if PAGED else tl.minimum(token, uniform_length - 1 - column * TOKENS)  # a run ends with its last token
         k_line, v_line = line_of(K, line), line_of(V, line)
-        k_stride = K.width if PAGED else k_line_stride
-        v_stride = V.width if PAGED else v_line_stride
+        k_start, k_stride = place_of(K, block, column * TOKENS, k_row_stride, k_line_stride, PAGED)
+        v_start, v_stride = place_of(V, block, column * TOKENS, v_row_stride, v_line_stride, PAGED)
         k_raw, k_factor, k_offset = fetch(K, k_start, k_stride, block, k_line, k_codes, k_scale, k_zero, k_base)
         v_raw, v_factor, v_offset = fetch(V, v_start, v_stride, block, v_line, v_codes, v_scale, v_zero, v_base)
         scores = score_tile(K, x, k_line, k_raw, k_factor, k_offset, k_levels, softcap, BLOCK_M, TOKENS, SOFTCAP, FLIPPED)
@@ -250,15 +244,12 @@ def mass_kernel(
         block = tl.load(table + row * num_blocks + column)
         present = block >= 0
         block = tl.maximum(block, 0)
-        k_start = block * (K.lines * K.width)
-        line = token
     else:
         present = True
         block = row.to(tl.int64)
-        k_start = block * k_row_stride + (column * TOKENS + block * 0) * k_line_stride
-        line = tl.minimum(token, uniform_length - 1 - column * TOKENS)
+    line = token if PAGED else tl.minimum(token, uniform_length - 1 - column * TOKENS)
     k_line = line_of(K, line)
-    k_stride = K.width if PAGED else k_line_stride
+    k_start, k_stride = place_of(K, block, column * TOKENS, k_row_stride, k_line_stride, PAGED)
     raw, factor, offset = fetch(K, k_start, k_stride, block, k_line, k_codes, k_scale, k_zero, k_base)
     place = column * TOKENS + token
     num_vectors = num_groups * num_queries

@@ -136,6 +136,8 @@ def encode(codec: Affine, side: Side, rotation: torch.Tensor | None, x: torch.Te
     }
     if num:
         encode_kernel[(num,)](
-            x.contiguous(), fields["codes"], fields["scale"], fields.get("zero"), fields.get("base"), rotation, **constants
+            *(x.contiguous(), fields["codes"], fields["scale"], fields.get("zero"), fields.get("base"), rotation),
+            **constants,
+            num_warps=8,  # with 4 the product of a rotation does not fit into their registers
         )
     return {name: y.view(*lead, *y.shape[1:]) for name, y in fields.items()}

@@ -33,6 +33,7 @@ class Side:
         group: columns that share a scale; the largest power of two that both it and a line's bytes divide by makes a chunk.
         scales: `none`, `half`, or `log8` (see kvfold.store.affine).
         symmetric: no zero point.
+        by_bits: e4m3 numbers get half precision by their bits, as devices before compute capability 8.9 can't convert them.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Side:
     group: int
     scales: str = "none"
     symmetric: bool = True
+    by_bits: bool = False
 
     @property
     def per_word(self) -> int:
@@ -192,7 +194,12 @@ def _scaled(SIDE: tl.constexpr, x, factor, offset):
     x = x.reshape(num_lines, SIDE.num_chunks, SIDE.chunk, SIDE.per_word) * factor.to(tl.float16)[:, :, None, :]
     if not SIDE.symmetric:
         x += offset[:, :, None, :]
-    return x.reshape(num_lines, SIDE.block_width * SIDE.per_word)
+    x = x.reshape(num_lines, SIDE.block_width * SIDE.per_word)
+    if SIDE.per_word == 4 and not INTERPRETED:
+        # Triton 3.9 would move this reshape behind the copy to shared memory and fail ("Illegal shared layout", Hopper):
+        # something has to stand between them. The assembler leaves it out.
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+    return x
 
 
 @triton.jit
@@ -204,6 +211,9 @@ def _decoded(SIDE: tl.constexpr, raw, levels):
         codes = _interleaved(SIDE, (raw.to(tl.uint8), (raw >> 8).to(tl.uint8)))
         if SIDE.bits == 5:  # of the exponent
             x = codes.to(tl.float8e5, bitcast=True).to(tl.float16)
+        elif SIDE.by_bits:  # the same fields further up; exponents count from 7, and from 15
+            word = codes.to(tl.uint16)
+            x = ((word & 0x80) << 8 | (word & 0x7F) << 7).to(tl.float16, bitcast=True) * 256.0
         else:
             x = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     else:

@@ -94,6 +94,18 @@ def line_of(SIDE: tl.constexpr, token):
 
 
 @triton.jit
+def place_of(SIDE: tl.constexpr, block, first_line, row_stride, line_stride, PAGED: tl.constexpr):
+    """Where a tile starts, and the way from line to line: of a block of a pool, or of row `block` of a run."""
+    if PAGED:
+        start = block * (SIDE.lines * SIDE.width)
+        stride = SIDE.width
+    else:
+        start = block * row_stride + (first_line + block * 0) * line_stride  # 64 bits wide
+        stride = line_stride
+    return start, stride
+
+
+@triton.jit
 def visible(
     row,
     block,

@@ -38,13 +38,12 @@ class Config:
 
 
 DEFAULT = Config()
+UNPIPELINED = Config(num_stages=1)
+"""For Blackwell (compute capability 10): Triton 3.9 fails to compile the loops with loads ahead ("Op used before defined")."""
 INTERPRETED = Config(1, 1, 2, 1)
-CANDIDATES = tuple(
-    Config(warps, stages, programs, 4)
-    for warps in (4, 8)
-    for stages in (2, 3, 4)
-    for programs in (2, 4)
-    if (warps, stages) != (8, 2)
+CANDIDATES = (
+    *(Config(4, stages, programs) for stages in (1, 2, 3, 4) for programs in (2, 4)),
+    *(Config(8, stages, programs) for stages in (3, 4) for programs in (2, 4)),
 )
 
 
@@ -57,7 +56,14 @@ def choose(segment: "Descriptor", head_dim: int, block_m: int, device: torch.dev
 
 @functools.cache
 def _chosen(k: "Side", v: "Side", paged: bool, head_dim: int, block_m: int, device: torch.device) -> Config:
-    return _measured(_path(device)).get(_key(k, v, paged, head_dim, block_m), DEFAULT)
+    return _measured(_path(device)).get(_key(k, v, paged, head_dim, block_m), default(device))
+
+
+def default(device: torch.device) -> Config:
+    """What is used where nothing was measured."""
+    from kvfold.kernels.triton import capability
+
+    return UNPIPELINED if capability(device)[0] == 10 else DEFAULT
 
 
 def _key(k: "Side", v: "Side", paged: bool, head_dim: int, block_m: int) -> str:
@@ -75,16 +81,19 @@ def tune(
 ) -> dict[Config, float]:
     """Measures all candidates with `milliseconds`, keeps the fastest on disk, and returns all times.
 
-    A candidate that the device can't launch counts as infinitely slow.
+    A candidate that can't be compiled for the device, or launched on it, counts as infinitely slow. RuntimeError if none can.
     """
-    from triton.runtime.errors import OutOfResources
+    from triton.errors import TritonError
 
-    times = {}
+    times: dict[Config, float] = {}
+    why: Exception | None = None
     for config in candidates:
         try:
             times[config] = milliseconds(config)
-        except OutOfResources:
-            times[config] = float("inf")
+        except (TritonError, RuntimeError) as error:
+            times[config], why = float("inf"), error
+    if all(ms == float("inf") for ms in times.values()):
+        raise RuntimeError(f"no launch configuration works on this device: {why}") from why
     path = _path(device)
     name = _key(segment.k_side, segment.v_side, segment.table is not None, head_dim, block_m)
     kept = _measured(path) | {name: min(times, key=times.__getitem__)}
