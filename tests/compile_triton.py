@@ -18,6 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 
 from kvfold.kernels import triton as family
 from kvfold.kernels.triton import encoding, launch, tuning
@@ -25,6 +26,8 @@ from kvfold.plan import Plan
 from kvfold.site import Site
 
 CAPABILITY = divmod(int(sys.argv[1]), 10)
+SHARED = 1024 * {(8, 0): 163, (9, 0): 227, (10, 0): 227}.get(CAPABILITY, 99)
+"""What a program may take of shared memory (CUDA C++ Programming Guide, table of technical specifications)."""
 HEAD_DIM, HEADS, GROUPS = int(sys.argv[2]), 2, 4
 
 
@@ -50,6 +53,8 @@ class Compiled:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def compiled(*args: Any, **kwargs: Any) -> None:
             made = self.kernel.warmup(*args, grid=grid, **kwargs)
+            if made.metadata.shared > SHARED:  # what loading it would say
+                raise OutOfResources(made.metadata.shared, SHARED, f"shared memory of {self.plan}'s {self.name}")
             queries = kwargs.get("num_queries", 0)
             known = {"plan": self.plan, "kernel": self.name, "queries": queries, "shared": made.metadata.shared}
             print(json.dumps(known | _resources(made)))
@@ -71,6 +76,7 @@ def _resources(made: Any) -> dict[str, int]:
 def main() -> None:
     driver.set_active(Absent())
     family.capability = lambda device: CAPABILITY  # type: ignore[assignment]
+    tuning.shared_memory = lambda device: SHARED  # type: ignore[assignment]
     tuning.choose = launch.choose = lambda *args: tuning.default(torch.device("cpu"))  # type: ignore[assignment]
     kernels = {name: getattr(launch, name) for name in ("attend_kernel", "mass_kernel", "merge_kernel")}
     encode_kernel = encoding.encode_kernel

@@ -61,9 +61,19 @@ class SnapKV(Keep):
         absent = ctx.slots < 0
         by_slot = score.masked_fill(absent, 0.0).gather(1, order)[:, None]
         if self.pool == "max":
-            pooled = F.max_pool1d(by_slot, self.kernel, stride=1, padding=self.kernel // 2)
+            pooled = _max_pool(by_slot, self.kernel)
         else:  # the sums, over as many tokens as there are
             present = (~absent).float().gather(1, order)[:, None]
             sums, counts = (F.avg_pool1d(x, self.kernel, stride=1, padding=self.kernel // 2) for x in (by_slot, present))
             pooled = sums / counts.clamp_min(1e-6)
         return torch.empty_like(score).scatter_(1, order, pooled[:, 0])
+
+
+def _max_pool(x: torch.Tensor, kernel: int) -> torch.Tensor:
+    """The largest of `kernel` neighbours, `[..., N]` both; a few operations that need no threads, as torch's own pool does."""
+    size, width = x.shape[-1], 1
+    x = F.pad(x, (kernel // 2, kernel // 2), value=-torch.inf)
+    while 2 * width <= kernel:
+        x = torch.maximum(x[..., :-width], x[..., width:])
+        width *= 2
+    return torch.maximum(x[..., :size], x[..., kernel - width : kernel - width + size])

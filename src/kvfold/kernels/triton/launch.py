@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kvfold.kernels.triton import Descriptor, Look
+from kvfold.kernels.triton import Descriptor, Look, tuning
 from kvfold.kernels.triton.attention import attend_kernel, mass_kernel, merge_kernel
 from kvfold.kernels.triton.tuning import Config, choose, num_processors
 from kvfold.store.base import TensorCodec, part
@@ -26,7 +26,7 @@ def attend(
     """See `kvfold.kernels.triton.attend`; `config` takes the place of what was tuned, for all segments."""
     q = looks[0].q
     num_rows, num_vectors, head_dim = q.shape
-    block_m = _block_m(num_vectors)
+    block_m = _block_m(num_vectors, head_dim, q.device)
     tiles = -(-num_vectors // block_m)
     # Segments whose outputs must be turned back (a rotation of V) come last, so that their splits lie together.
     ordered = sorted(looks, key=lambda look: _turned(look.segment.codec.v))
@@ -41,19 +41,22 @@ def attend(
     num_plain = 0
     for look, used, splits in plans:
         arguments, constants = _arguments(look, slots, num_groups, softcap, block_m)
-        attend_kernel[(tiles, num_rows, splits)](
-            partial_out=partial_out,
-            partial_lse=partial_lse,
-            num_vectors=num_vectors,
-            num_rows=num_rows,
-            first_split=first,
-            blocks_per_split=-(-look.segment.num_blocks // splits),
-            **arguments,
+        arguments |= {
+            "partial_out": partial_out,
+            "partial_lse": partial_lse,
+            "num_vectors": num_vectors,
+            "num_rows": num_rows,
+            "first_split": first,
+            "blocks_per_split": -(-look.segment.num_blocks // splits),
             **_side_arguments("v", look.segment),
             **constants,
-            num_warps=used.num_warps,
-            num_stages=used.num_stages,
-        )
+        }
+        grid = tiles, num_rows, splits
+
+        def run(config: Config, grid: tuple[int, ...] = grid, arguments: dict[str, Any] = arguments) -> None:
+            attend_kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+
+        tuning.launch("attend", look.segment, head_dim, used, run)
         first += splits
         if not _turned(look.segment.codec.v):
             num_plain = first
@@ -92,7 +95,7 @@ def mass(
 ) -> torch.Tensor:
     """See `kvfold.kernels.triton.mass`."""
     num_rows, num_vectors, head_dim = look.q.shape
-    block_m = _block_m(num_vectors // num_groups)
+    block_m = _block_m(num_vectors // num_groups, head_dim, look.q.device)
     used = choose(look.segment, head_dim, block_m, look.q.device)
     received = torch.zeros(num_rows, num_groups, width, device=look.q.device)
     arguments, constants = _arguments(look, slots, num_groups, softcap, block_m)
@@ -112,9 +115,11 @@ def _turned(codec: TensorCodec) -> bool:
     return isinstance(codec, Rotated)
 
 
-def _block_m(num_vectors: int) -> int:
-    """Query rows a program: 8 or 16 when they are few."""
-    return max(8, 1 << (num_vectors - 1).bit_length()) if num_vectors <= _FEW_QUERIES else _BLOCK_M
+def _block_m(num_vectors: int, head_dim: int, device: torch.device) -> int:
+    """Query rows a program: 8 or 16 when they are few, and half of many where wide heads meet little shared memory."""
+    if num_vectors <= _FEW_QUERIES:
+        return max(8, 1 << (num_vectors - 1).bit_length())
+    return _BLOCK_M // 2 if head_dim > 128 and tuning.shared_memory(device) < 128 * 1024 else _BLOCK_M
 
 
 def _num_splits(num_blocks: int, num_programs: int, config: Config, device: torch.device) -> int:

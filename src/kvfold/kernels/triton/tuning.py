@@ -7,9 +7,9 @@ from what the compiler makes of the kernels (registers, shared memory, instructi
 import functools
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,6 +57,29 @@ def choose(segment: "Descriptor", head_dim: int, block_m: int, device: torch.dev
 @functools.cache
 def _chosen(k: "Side", v: "Side", paged: bool, head_dim: int, block_m: int, device: torch.device) -> Config:
     return _measured(_path(device)).get(_key(k, v, paged, head_dim, block_m), default(device))
+
+
+def launch(name: str, segment: "Descriptor", head_dim: int, config: Config, run: Callable[[Config], object]) -> None:
+    """Calls `run(config)`; with fewer blocks in flight where a device's shared memory does not hold as many.
+
+    What worked is kept for the next call. OutOfResources when not even one block fits.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    asked = name, segment.k_side, segment.v_side, segment.table is not None, head_dim, config
+    config = _fitting.get(asked, config)
+    while True:
+        try:
+            run(config)
+            break
+        except OutOfResources:
+            if config.num_stages == 1:
+                raise
+            config = replace(config, num_stages=config.num_stages - 1)
+    _fitting[asked] = config
+
+
+_fitting: dict[tuple[Any, ...], Config] = {}
 
 
 def default(device: torch.device) -> Config:
@@ -108,6 +131,15 @@ def tune(
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors; 2 in the interpreter, so that splits are tried."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have of a multiprocessor's shared memory; as Hopper in the interpreter."""
+    if device.type != "cuda":
+        return 227 * 1024
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def _path(device: torch.device) -> Path:
