@@ -183,6 +183,12 @@ class KeepContext:
         """Whether there are places without a token."""
         return any(n < self.slots.shape[1] for n in self.counts)
 
+    def fade(self, window: int) -> float | torch.Tensor:
+        """What is left, after this chunk, of a sum over the last `window` queries: `[R, 1]`, or one number for all."""
+        if len(set(self.moment.num_new)) == 1:
+            return max(0.0, 1 - self.moment.num_new[0] / window)
+        return (1 - self.num_new / window).clamp_min(0)[:, None]
+
     def _by_row(self, numbers: list[int]) -> torch.Tensor:
         return torch.tensor([n for n in numbers for _ in range(self.num_heads)], device=self.slots.device)
 

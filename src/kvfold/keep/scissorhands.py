@@ -47,4 +47,4 @@ class Scissorhands(Keep):
         return min(num_queries, self.window)
 
     def update(self, score: torch.Tensor, mass: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
-        return score * (1 - ctx.num_new / self.window).clamp_min(0)[:, None] + mass
+        return score * ctx.fade(self.window) + mass

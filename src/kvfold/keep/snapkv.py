@@ -54,7 +54,7 @@ class SnapKV(Keep):
         return min(num_queries, self.window)
 
     def update(self, score: torch.Tensor, mass: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
-        return score * (1 - ctx.num_new / self.window).clamp_min(0)[:, None] + mass
+        return score * ctx.fade(self.window) + mass
 
     def rank(self, score: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
         order = ctx.slots.argsort(dim=1, stable=True)

@@ -162,7 +162,8 @@ void mass(const Shape& shape, const Part& part, const float* lse, float* receive
   const Kernels& k = kernels();
   const Segment& s = *part.segment;
   std::memset(received, 0, sizeof(float) * shape.rows * shape.groups * s.width);
-  const int span = columns_per_task(int64_t(s.columns) * shape.rows, num_threads, least_blocks(shape.groups * shape.queries));
+  const int64_t all_columns = int64_t(s.columns) * shape.rows;
+  const int least = least_blocks(shape.groups * shape.queries), span = columns_per_task(all_columns, num_threads, least);
   std::vector<Task> tasks;
   for (int row = 0; row < shape.rows; row++) {
     for (int column = 0; column < s.columns; column += std::min(span, s.columns)) {
@@ -171,7 +172,8 @@ void mass(const Shape& shape, const Part& part, const float* lse, float* receive
     }
   }
   const int64_t needed = k.workspace(shape, part, std::min(shape.groups * shape.queries, kStrip));
-  parallel_for(int(tasks.size()), num_threads, [&](int i, int) { k.mass(shape, tasks[i], lse, received, scratch(needed)); });
+  const int worth = all_columns >= 2 * least ? num_threads : 1;
+  parallel_for(int(tasks.size()), worth, [&](int i, int) { k.mass(shape, tasks[i], lse, received, scratch(needed)); });
 }
 
 void encode(const Encoding& e, const uint8_t* x, int64_t blocks, int tokens, int head_dim, const Encoded& to, int num_threads) {

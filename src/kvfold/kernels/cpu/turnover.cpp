@@ -83,20 +83,26 @@ void move(Turnover& t, int row, int place, Number number, float* score) {
   if (score) score[first + place] = score[first + from];
 }
 
+// The place of the lowest rank of a row, of equals the oldest; -1 where there is no token.
 int least(const Turnover& t, int row, const float* rank, int64_t first_recent) {
-  const int64_t first = int64_t(row) * t.places;
+  const int in_blocks = places_in_blocks(t), block = t.has_blocks ? blocks_of(t)->block : 1;
   int found = -1;
   int32_t slot_found = 0;
   float best = 0;
-  for (int p = 0; p < t.places; p++) {
-    const int32_t* at = slot_at(t, row, p);
-    if (!at || *at < 0) continue;
-    float mine = rank ? rank[first + p] : float(*at);
-    if (*at >= first_recent) mine = std::max(mine, std::numeric_limits<float>::max());  // below what the user has pinned
-    if (found >= 0 && (mine > best || (mine == best && *at > slot_found))) continue;
-    found = p;
-    slot_found = *at;
-    best = mine;
+  for (int first = 0; first < t.places;) {
+    const int end = first < in_blocks ? std::min(first + block, in_blocks) : t.places;
+    const int32_t* slots = slot_at(t, row, first);
+    const float* ranks = rank ? rank + int64_t(row) * t.places + first : nullptr;
+    for (int i = 0; slots && i < end - first; i++) {
+      if (slots[i] < 0) continue;
+      float mine = ranks ? ranks[i] : float(slots[i]);
+      if (slots[i] >= first_recent) mine = std::max(mine, std::numeric_limits<float>::max());  // below what the user has pinned
+      if (found >= 0 && (mine > best || (mine == best && slots[i] > slot_found))) continue;
+      found = first + i;
+      slot_found = slots[i];
+      best = mine;
+    }
+    first = end;
   }
   return found;
 }
