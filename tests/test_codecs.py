@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sites import site
 from vectors import (
@@ -47,6 +47,7 @@ def _inner(codec: TensorCodec) -> TensorCodec:
 
 
 @given(codecs(), st.sampled_from(KINDS), st.sampled_from([0, 1, 5, 64, 200]), st.integers(1, 5), st.integers(0, 99))
+@example((Rotated(Affine(4, "token", 64, False, "log8"), 96), 96), "positive", 256, 1, 1)
 @settings(max_examples=250)
 def test_attention_on_codes_equals_attention_on_what_they_decode_to(
     chosen: tuple[TensorCodec, int], kind: str, num_tokens: int, num_queries: int, seed: int
@@ -75,7 +76,10 @@ def test_attention_on_codes_equals_attention_on_what_they_decode_to(
     extent = float(decoded.abs().amax()) * math.sqrt(head_dim) + 1e-3 if num_tokens else 0.0
     dot_bound = 1e-6 * (q_size[..., None] * (2 * x_size[..., None, :] + extent)) + 1e-12
     assert ((dots.double() - exact_q @ exact_x.mT).abs() <= dot_bound).all()
-    sum_bound = 2e-6 * exact_p.sum(-1, keepdim=True) * extent + 1e-12
+    # Channels that a rotation has made alike are rounded alike, and turned back their errors add up rather than cancel: with
+    # D = 96 and values around 5, sums of 4110 that are off by 0.005 in 64 channels make 500 off by 0.026.
+    together = math.sqrt(head_dim) / 2 if isinstance(codec, Rotated) else 1.0
+    sum_bound = 2e-6 * exact_p.sum(-1, keepdim=True) * extent * together + 1e-12
     assert ((sums.double() - exact_p @ exact_x).abs() <= sum_bound).all()
 
 
