@@ -46,6 +46,16 @@ void before_attention(const DecoderLayer&, const void* hidden, int count, const 
 // The layer's output [count, H], given its input and the attention's output [count, Hq * D].
 void after_attention(const DecoderLayer&, const void* hidden, const float* attended, int count, void* out, int num_threads);
 
+// The next token of every sequence: q [rows, groups, D], scaled; keys and values [rows, D] in the layer's numbers.
+struct Newest {
+  int rows, groups;
+  int64_t bytes;  // of a key
+  std::vector<float> q;
+  std::vector<uint8_t> keys, values;
+};
+
+void project(const DecoderLayer&, const void* hidden, int count, const Positions&, float scaling, int num_threads, Newest&);
+
 // Writes a token of a row to a place of its blocks: K and V, `number` each, in the codes of a codec that takes tokens one by one,
 // which are dense, of that number, or 8-bit floats.
 void put(const Segment&, int row, int64_t place, Number, const void* k, const void* v);

@@ -64,8 +64,8 @@ struct Vectors {
 
 struct Memory {
   Vectors normed, attended, inner;
-  std::vector<float> hidden, q, k, v, up, out, cos, sin, attention, lse;
-  std::vector<uint8_t> keys, values;
+  std::vector<float> hidden, k, v, up, out, cos, sin, attention, lse;
+  Newest next;
 };
 
 Memory& memory() {
@@ -212,7 +212,7 @@ void put(const Segment& s, int row, int64_t place, Number number, const void* k,
   for (const auto& [side, x] : {std::pair(&s.k, k), std::pair(&s.v, v)}) {
     uint8_t* codes = place_in(s, *side, row, place);
     if (side->kind != Kind::E4M3 && side->kind != Kind::E5M2) {
-      std::memcpy(codes, x, side->line_bytes);
+      std::memcpy(codes, x, s.head_dim * (number == Number::F32 ? 4 : 2));
       continue;
     }
     const Kind input = number == Number::F32 ? Kind::F32 : number == Number::BF16 ? Kind::BF16 : Kind::F16;
@@ -223,16 +223,24 @@ void put(const Segment& s, int row, int64_t place, Number number, const void* k,
   }
 }
 
+void project(const DecoderLayer& layer, const void* hidden, int count, const Positions& positions, float scaling, int num_threads,
+             Newest& to) {
+  to.rows = count * layer.num_kv_heads;
+  to.groups = layer.num_query_heads / layer.num_kv_heads;
+  to.bytes = layer.head_dim * (layer.number == Number::F32 ? 4 : 2);
+  to.q.resize(int64_t(to.rows) * to.groups * layer.head_dim);
+  to.keys.resize(to.rows * to.bytes);
+  to.values.resize(to.rows * to.bytes);
+  before_attention(layer, hidden, count, positions, to.q.data(), to.keys.data(), to.values.data(), num_threads);
+  for (float& x : to.q) x *= scaling;
+}
+
 void step(const DecoderLayer& layer, Tail& tail, const void* hidden, int count, const Positions& positions, float scaling, float softcap,
           void* out, int num_threads) {
   Memory& mem = memory();
-  const int d = layer.head_dim, rows = count * layer.num_kv_heads, groups = layer.num_query_heads / layer.num_kv_heads;
-  const int64_t bytes = d * (layer.number == Number::F32 ? 4 : 2);
-  mem.q.resize(int64_t(rows) * groups * d);
-  mem.keys.resize(rows * bytes);
-  mem.values.resize(rows * bytes);
-  before_attention(layer, hidden, count, positions, mem.q.data(), mem.keys.data(), mem.values.data(), num_threads);
-  for (float& x : mem.q) x *= scaling;
+  Newest& next = mem.next;
+  project(layer, hidden, count, positions, scaling, num_threads, next);
+  const int rows = next.rows, groups = next.groups, d = layer.head_dim;
 
   const size_t home_of_tokens = tail.segments.size() - (tail.apart ? 2 : 1);
   const Segment &home = tail.segments[home_of_tokens], &last = tail.segments.back();
@@ -240,8 +248,7 @@ void step(const DecoderLayer& layer, Tail& tail, const void* hidden, int count, 
   const int64_t slot = tail.starts[home_of_tokens][0] + lengths[0];
   for (int row = 0; row < rows; row++) {
     const int64_t place = tail.apart ? 0 : lengths[row]++;
-    std::memcpy(place_in(last, last.k, row, place), mem.keys.data() + row * bytes, bytes);
-    std::memcpy(place_in(last, last.v, row, place), mem.values.data() + row * bytes, bytes);
+    put(last, row, place, layer.number, next.keys.data() + row * next.bytes, next.values.data() + row * next.bytes);
     if (tail.apart) tail.starts.back()[row] = slot;
   }
 
@@ -249,7 +256,7 @@ void step(const DecoderLayer& layer, Tail& tail, const void* hidden, int count, 
   for (size_t i = 0; i < tail.segments.size(); i++) {
     Part part = {};
     part.segment = &tail.segments[i];
-    part.q = mem.q.data();
+    part.q = next.q.data();
     part.starts = tail.starts[i].data();
     part.lengths = tail.lengths[i].data();
     parts.push_back(part);
@@ -258,7 +265,7 @@ void step(const DecoderLayer& layer, Tail& tail, const void* hidden, int count, 
   mem.lse.resize(rows * groups);
   attend({rows, groups, 1, d, &slot, softcap}, parts, mem.attention.data(), mem.lse.data(), num_threads);
   for (int row = 0; tail.apart && row < rows; row++) {
-    put(home, row, lengths[row]++, layer.number, mem.keys.data() + row * bytes, mem.values.data() + row * bytes);
+    put(home, row, lengths[row]++, layer.number, next.keys.data() + row * next.bytes, next.values.data() + row * next.bytes);
   }
   after_attention(layer, hidden, mem.attention.data(), count, out, num_threads);
 }

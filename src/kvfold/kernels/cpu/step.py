@@ -177,13 +177,7 @@ class DecoderLayer:
         _choose()
         cpu._native.before_attention(
             self._native,
-            hidden.data_ptr(),
-            batch * length,
-            NUMBERS[cos.dtype],
-            cos.data_ptr(),
-            sin.data_ptr(),
-            cos.shape[-1],
-            same,
+            *_asked(hidden, cos, sin, same),
             q.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
@@ -206,13 +200,7 @@ class DecoderLayer:
         cpu._native.step(
             self._native,
             tail,
-            hidden.data_ptr(),
-            hidden.shape[0],
-            NUMBERS[cos.dtype],
-            cos.data_ptr(),
-            sin.data_ptr(),
-            cos.shape[-1],
-            same,
+            *_asked(hidden, cos, sin, same),
             scaling,
             softcap or 0.0,
             out.data_ptr(),
@@ -257,13 +245,7 @@ class DecoderLayer:
         cpu._native.come(
             self._native,
             turnover,
-            hidden.data_ptr(),
-            hidden.shape[0],
-            NUMBERS[cos.dtype],
-            cos.data_ptr(),
-            sin.data_ptr(),
-            cos.shape[-1],
-            same,
+            *_asked(hidden, cos, sin, same),
             address(inv_freq),
             cos.shape[-1] // 2,
             by,
@@ -305,6 +287,12 @@ class DecoderLayer:
         if rotary > self.head_dim or rotary % 2:
             raise ValueError(f"positions of {rotary} channels for heads of {self.head_dim}")
         return cos, sin, same
+
+
+def _asked(hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, same: bool) -> tuple[int, ...]:
+    """Vectors and their positions as the compiled code takes them; whoever calls holds the tensors until it is done."""
+    count = hidden.shape[0] * hidden.shape[1]
+    return hidden.data_ptr(), count, NUMBERS[cos.dtype], cos.data_ptr(), sin.data_ptr(), cos.shape[-1], same
 
 
 def _choose() -> None:

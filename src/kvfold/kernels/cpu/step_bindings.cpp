@@ -115,8 +115,8 @@ void bind_step(nb::module_& m) {
     if (place < 0 || place >= run.width) throw nb::value_error("a run without room");
     nb::gil_scoped_release release;
     const Positions positions = {Number(number), pointer<void>(cos), pointer<void>(sin), size, same};
-    come(layer, t, pointer<void>(hidden), count, positions, {pointer<float>(inv_freq), half, shift}, scaling,
-         softcap, place, slot, by_largest, pointer<float>(score), pointer<float>(mass), pointer<float>(queries), pointer<float>(attended), num_threads);
+    come(layer, t, pointer<void>(hidden), count, positions, {pointer<float>(inv_freq), half, shift}, scaling, softcap, place, slot,
+         by_largest, pointer<float>(score), pointer<float>(mass), pointer<float>(queries), pointer<float>(attended), num_threads);
   });
   m.def("go", [](Turnover& t, int number, uintptr_t rank, int64_t first_recent, uintptr_t score) {
     go(t, Number(number), pointer<float>(rank), first_recent, pointer<float>(score));

@@ -1,7 +1,6 @@
 // A decode step under a keep policy: one token comes, and one goes.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <vector>
@@ -13,8 +12,8 @@ namespace kvfold {
 namespace {
 
 struct Memory {
-  std::vector<float> q, shifted, lse, received;
-  std::vector<uint8_t> keys, values;
+  Newest next;
+  std::vector<float> shifted, lse, received;
 };
 
 Memory& memory() {
@@ -113,27 +112,22 @@ void come(const DecoderLayer& layer, Turnover& t, const void* hidden, int count,
           float scaling, float softcap, int place, int64_t slot, bool by_largest, float* score, float* mass, float* queries,
           float* attended, int num_threads) {
   Memory& mem = memory();
-  const int d = layer.head_dim, rows = count * layer.num_kv_heads, groups = layer.num_query_heads / layer.num_kv_heads;
-  const int64_t bytes = d * (layer.number == Number::F32 ? 4 : 2);
-  mem.q.resize(int64_t(rows) * groups * d);
-  mem.keys.resize(rows * bytes);
-  mem.values.resize(rows * bytes);
-  before_attention(layer, hidden, count, positions, mem.q.data(), mem.keys.data(), mem.values.data(), num_threads);
-  for (float& x : mem.q) x *= scaling;
-  if (queries) std::copy(mem.q.begin(), mem.q.end(), queries);
+  Newest& next = mem.next;
+  project(layer, hidden, count, positions, scaling, num_threads, next);
+  const int rows = next.rows, groups = next.groups, d = layer.head_dim;
+  if (queries) std::copy(next.q.begin(), next.q.end(), queries);
 
   const Segment& run = run_of(t);
   for (int row = 0; row < rows; row++) {
-    std::memcpy(place_in(run, run.k, row, place), mem.keys.data() + row * bytes, bytes);
-    std::memcpy(place_in(run, run.v, row, place), mem.values.data() + row * bytes, bytes);
+    put(run, row, place, layer.number, next.keys.data() + row * next.bytes, next.values.data() + row * next.bytes);
     *slot_at(t, row, places_in_blocks(t) + place) = int32_t(slot);
     if (score) score[int64_t(row) * t.places + places_in_blocks(t) + place] = 0;
   }
 
   std::vector<Part> parts;
-  for (const Segment& segment : t.segments) parts.push_back({&segment, mem.q.data(), nullptr, nullptr, nullptr});
+  for (const Segment& segment : t.segments) parts.push_back({&segment, next.q.data(), nullptr, nullptr, nullptr});
   if (t.has_sinks && of_sinks.inv_freq) {
-    shift_all(of_sinks, mem.q.data(), int64_t(rows) * groups, d, mem.shifted);
+    shift_all(of_sinks, next.q.data(), int64_t(rows) * groups, d, mem.shifted);
     parts.front().q = mem.shifted.data();
   }
   const Shape shape = {rows, groups, 1, d, &slot, softcap};
