@@ -56,7 +56,7 @@ def attend(
         def run(config: Config, grid: tuple[int, ...] = grid, arguments: dict[str, Any] = arguments) -> None:
             attend_kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
 
-        tuning.launch("attend", look.segment, head_dim, used, run)
+        tuning.launch(look.segment, head_dim, block_m, used, run)
         first += splits
         if not _turned(look.segment.codec.v):
             num_plain = first

@@ -59,14 +59,14 @@ def _chosen(k: "Side", v: "Side", paged: bool, head_dim: int, block_m: int, devi
     return _measured(_path(device)).get(_key(k, v, paged, head_dim, block_m), default(device))
 
 
-def launch(name: str, segment: "Descriptor", head_dim: int, config: Config, run: Callable[[Config], object]) -> None:
+def launch(segment: "Descriptor", head_dim: int, block_m: int, config: Config, run: Callable[[Config], object]) -> None:
     """Calls `run(config)`; with fewer blocks in flight where a device's shared memory does not hold as many.
 
     What worked is kept for the next call. OutOfResources when not even one block fits.
     """
     from triton.runtime.errors import OutOfResources
 
-    asked = name, segment.k_side, segment.v_side, segment.table is not None, head_dim, config
+    asked = segment.k_side, segment.v_side, segment.table is not None, head_dim, block_m, config
     config = _fitting.get(asked, config)
     while True:
         try:
