@@ -107,7 +107,7 @@ def cache(model: PreTrainedModel, plan: str | Plan, pin: Iterable[int | range] =
             layers.append(DynamicSlidingWindowLayer(sliding_window=window))
             continue
         layers.append(next(compressed))
-        _check_codec(layers[-1], str(resolved))
+        _check_codec(layers[-1], str(resolved), model.device)
     return KVCache(resolved, layers, fingerprint(model), pins)
 
 
@@ -198,10 +198,10 @@ def _why_not(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _check_codec(layer: LayerCache, plan: str) -> None:
+def _check_codec(layer: LayerCache, plan: str, device: torch.device) -> None:
     head_dim = layer.site.head_dim
     codec = layer.plan.store.codec(layer.site)
-    probe = torch.zeros(1, codec.block, head_dim)
+    probe = torch.zeros(1, codec.block, head_dim, device=device)
     try:
         codec.encode(probe, probe)
     except ValueError as error:
