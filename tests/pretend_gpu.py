@@ -45,7 +45,8 @@ class OnDevice(torch.Tensor):
     @staticmethod
     def __new__(cls, host: torch.Tensor) -> "OnDevice":
         layout = {"strides": host.stride(), "storage_offset": host.storage_offset(), "dtype": host.dtype}
-        made = torch.Tensor._make_wrapper_subclass(cls, host.size(), device=DEVICE, **layout)  # type: ignore[attr-defined]
+        with torch.inference_mode(False):  # wrappers are ordinary tensors, whatever mode they are made in
+            made = torch.Tensor._make_wrapper_subclass(cls, host.size(), device=DEVICE, **layout)  # type: ignore[attr-defined]
         made.host = host
         return made
 
@@ -63,6 +64,12 @@ class OnDevice(torch.Tensor):
     def untyped_storage(self) -> Any:
         return self.host.untyped_storage()
 
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"OnDevice({self.host})"
+
+    def __format__(self, form: str) -> str:
+        return self.host.__format__(form)
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
@@ -75,6 +82,22 @@ class Graph:
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], object]] = []
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def remember(self, func: Any, args: Any, kwargs: Any) -> None:
+        """What an operation is about to write over: a device computes nothing while it captures."""
+        of_names = {argument.name: argument for argument in func._schema.arguments}
+        given = [*zip(func._schema.arguments, args, strict=False), *((of_names[name], x) for name, x in kwargs.items())]
+        for argument, x in given:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for written in tree_leaves(x):
+                    storage = written.untyped_storage()
+                    self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+
+    def captured(self) -> None:
+        """Puts everything back that capturing has written over."""
+        for storage, before in self._before.values():
+            storage.copy_(before)
 
     def replay(self) -> None:
         for step in self.steps:
@@ -123,25 +146,30 @@ class PretendGPU(TorchDispatchMode):
         on_device = [x for x in given if isinstance(x, OnDevice)]
         elsewhere = [x for x in given if not isinstance(x, OnDevice)]
         is_made_here = bool(on_device)
-        if (device := kwargs.get("device")) is not None:
-            is_made_here = torch.device(device).type == "cuda"
-            kwargs["device"] = torch.device("cpu")
+        moves = False
+        if devices := [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.device)]:
+            is_made_here = devices[0].type == "cuda"
             if is_made_here and elsewhere:
                 self._copies(str(func))
             elif on_device and not is_made_here:
                 self._waits(str(func))
+            moves = bool(elsewhere) if is_made_here else bool(on_device)
         elif on_device:
             self._check(func, args, elsewhere)
         known = {id(x.host): x for x in on_device}
-        host_args, host_kwargs = tree_map(lambda x: x.host if isinstance(x, OnDevice) else x, (args, kwargs))
+        host_args, host_kwargs = tree_map(_on_host, (args, kwargs))
+        if self.graph is not None and is_made_here:
+            self.graph.remember(func, host_args, host_kwargs)
         result = func(*host_args, **host_kwargs)
         if self.graph is not None and is_made_here:
             self.graph.steps.append(_again(func, host_args, host_kwargs, result))
+        if moves and any(result is x for x in host_args):
+            result = result.clone()  # the same type on the same host: nothing was to be done, but there are two devices
         if not is_made_here:
             return result
 
         def wrapped(x: Any) -> Any:
-            return known.get(id(x), None) if id(x) in known else OnDevice(x) if isinstance(x, torch.Tensor) else x
+            return known.get(id(x)) if id(x) in known else OnDevice(x) if isinstance(x, torch.Tensor) else x
 
         return tree_map(wrapped, result)
 
@@ -184,6 +212,12 @@ class PretendGPU(TorchDispatchMode):
             raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
 
 
+def _on_host(x: Any) -> Any:
+    if isinstance(x, torch.device):
+        return torch.device("cpu")
+    return x.host if isinstance(x, OnDevice) else x
+
+
 def _again(func: Any, args: Any, kwargs: Any, result: Any) -> Callable[[], object]:
     """The same operation on the same memory."""
     results = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
@@ -213,6 +247,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
             yield
         finally:
             device.graph = None
+            graph.captured()
 
     class Event:
         def __init__(self, **_: Any) -> None: ...
@@ -227,9 +262,11 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
         def elapsed_time(self, _: Any) -> float:
             return 1.0
 
-    stream = SimpleNamespace(wait_stream=lambda _: None, record_event=Event, wait_event=lambda _: None, synchronize=lambda: None)
+    def nothing(*_: Any) -> None: ...
+
+    stream = SimpleNamespace(wait_stream=nothing, record_event=Event, wait_event=nothing, synchronize=nothing)
     fakes = {
-        "_lazy_init": lambda: None,
+        "_lazy_init": nothing,
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "get_device_name": lambda *_: "pretended",
@@ -245,13 +282,16 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
         "current_stream": lambda *_: stream,
         "memory_allocated": lambda *_: 0,
         "max_memory_allocated": lambda *_: 0,
-        "reset_peak_memory_stats": lambda *_: None,
-        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": nothing,
+        "empty_cache": nothing,
     }
     with monkeypatch.context() as patch:
         for name, fake in fakes.items():
             patch.setattr(torch.cuda, name, fake)
-        empty = torch.empty
+        patch.setattr(torch.cuda.nvtx, "range_push", nothing)
+        patch.setattr(torch.cuda.nvtx, "range_pop", nothing)
+        empty, generator = torch.empty, torch.Generator
+        patch.setattr(torch, "Generator", lambda device="cpu": generator("cpu"))
         patch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **given: empty(*sizes, **given))
         patch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)  # `model.to` then makes new parameters
         patch.setenv("KVFOLD_TRITON", "off")
@@ -265,3 +305,29 @@ def _register_guard() -> None:
     registry = (ctypes.c_void_p * 2).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     if not registry[1]:
         registry[1] = registry[0]
+
+
+def with_kernels(device: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by the Triton kernels, in their interpreter."""
+    from kvfold.kernels import triton
+    from kvfold.kernels.triton import encoding, launch
+
+    class Launched:
+        def __init__(self, kernel: Any):
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def run(*args: Any, **kwargs: Any) -> None:
+                given = tree_map(_on_host, (args, kwargs))
+                device.launched(lambda: self.kernel[grid](*given[0], **given[1]))
+
+            return run
+
+    for module, name in [
+        (launch, "attend_kernel"),
+        (launch, "mass_kernel"),
+        (launch, "merge_kernel"),
+        (encoding, "encode_kernel"),
+    ]:
+        monkeypatch.setattr(module, name, Launched(getattr(module, name)))
+    monkeypatch.setattr(triton, "chosen", lambda device: "triton" if device == "cuda" else None)

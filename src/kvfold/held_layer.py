@@ -19,6 +19,7 @@ from kvfold.plan import LayerPlan
 from kvfold.pool import BlockPool
 from kvfold.segment import Run, join
 from kvfold.site import Site
+from kvfold.static_tail import StaticTail
 from kvfold.tail import Tail
 from kvfold.turnover import Turnover
 
@@ -52,6 +53,9 @@ class HeldLayer(CacheLayerMixin):
         self.num_real: list[int] = []  # tokens seen that are not padding, for each sequence
         self._tail: Tail | None = None
         self._turnover: Turnover | None = None
+        self._static: StaticTail | None = None
+        self._static_is_open = False
+        self.steps_statically = False  # while a step runs that is to be captured
 
     def _check(self, plan: LayerPlan) -> None:
         """Raises PlanError for what the codec of this layer can't go with."""
@@ -124,7 +128,8 @@ class HeldLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets all tokens and gives their memory back."""
         self.num_seen, self.num_real, self.is_initialized = 0, [], False
-        self._tail = self._turnover = None
+        self._tail = self._turnover = self._static = None
+        self._static_is_open = False
         for name in (*self.runs, "_recent", "_body", "_nothing"):
             self.__dict__.pop(name, None)
         if self.eviction:
@@ -233,7 +238,26 @@ class HeldLayer(CacheLayerMixin):
             self._recent = self._nothing
         return found
 
-    def took(self, tail: Tail | None = None) -> None:
+    @in_normal_mode
+    def static_tail(self) -> StaticTail | str:
+        """Where the next token of every sequence goes in a step that can be captured; or why that can't be."""
+        static, window = self._static, self.plan.window
+        if static is not None and self._static_is_open and static.left > 0:
+            return static
+        if not self._plain:
+            return "its plan does more than to put a token behind the last one"
+        if not self._begun:
+            return "there is padding, or the sinks are not all there"
+        self._close_tail()
+        if why := StaticTail.why_not(self.sink, self._body, self._recent, window):
+            return why
+        if static is None or not static.suits(self._recent, window, self._body):
+            static = self._static = StaticTail(self._recent, window, self._body)
+        self._recent = static.open(self.sink, self._body, self._recent, self.num_seen)
+        self._static_is_open = True
+        return static
+
+    def took(self, tail: Tail | StaticTail | None = None) -> None:
         """Counts the token that the compiled step has put into the tail, or the turnover."""
         if tail:
             tail.take()
@@ -244,7 +268,10 @@ class HeldLayer(CacheLayerMixin):
         turnover, self._turnover = self._turnover, None
         if turnover is not None:
             self._recent = turnover.close()
-        tail, self._tail = self._tail, None
+        tail: Tail | StaticTail | None = self._tail
+        self._tail = None
+        if self._static_is_open:
+            tail, self._static_is_open = self._static, False
         if tail is None or not tail.taken:
             return
         if tail.in_body:
@@ -254,7 +281,7 @@ class HeldLayer(CacheLayerMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         self._close_tail()
-        return self.__dict__
+        return self.__dict__ | {"_static": None}
 
     # -- what is there ---------------------------------------------------------------------------------------------------
 
@@ -273,6 +300,8 @@ class HeldLayer(CacheLayerMixin):
                     yield f"{name}.{purpose}", tensor
             for purpose, tensor in (self.eviction.state if self.eviction else {}).items():
                 yield f"keep.{purpose}", tensor
+            for purpose, tensor in self._static.tensors() if self._static else ():
+                yield f"step.{purpose}", tensor
 
     def kept_slots(self) -> list[list[int]]:
         """For each row (sequence * KV heads + head) the slots of the tokens held, in order."""

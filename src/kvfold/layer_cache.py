@@ -54,6 +54,11 @@ class LayerCache(HeldLayer):
         batch, num_query_heads, num_queries, head_dim = q.shape
         heads = self.site.num_kv_heads
         rows, groups = batch * heads, num_query_heads // heads
+        if self.steps_statically:
+            assert self._static is not None
+            k, v = (x.reshape(rows, 1, head_dim) for x in (handle.k, handle.v))
+            out = self._static.attend(k, v, (q.float() * scaling).view(rows, groups, head_dim), softcap)
+            return out.view(batch, 1, num_query_heads, head_dim).to(q.dtype)
         first = self.num_seen - num_queries
         before = self.num_real
         slots = torch.arange(first, self.num_seen, device=q.device)
@@ -204,6 +209,15 @@ class LayerCache(HeldLayer):
             return held.replace(victim, self._positions(chunk, moment.padding))
         self.recent, chunk = held.keep_only(eviction.choose(held, ctx))
         return chunk
+
+    @in_normal_mode
+    def took_statically(self) -> None:
+        """Counts the token of a static step; where it fills a block, that is encoded at once."""
+        static = self._static
+        assert static is not None
+        self.took(static)
+        if static.left == 0 and not static.in_body:
+            self._store(self._nothing, None)
 
     @in_normal_mode
     def evict(self, padding: torch.Tensor | None) -> None:

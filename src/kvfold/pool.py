@@ -170,6 +170,11 @@ class BlockPool:
         self.table[rows, columns] = torch.tensor(self._allocate(len(wanted)), device=self.device)
         self._counts = None
 
+    def reserve(self, num: int, step: int) -> None:
+        """Memory for `num` more blocks; where it has to grow for that, by `step` at least."""
+        if len(self._free) < num:
+            self._grow(self._capacity + max(num, step))
+
     def cut(self, num_blocks: list[int]) -> None:
         """Takes away the blocks of each row beyond `num_blocks`."""
         keep = torch.tensor(num_blocks, device=self.device)[:, None]

@@ -1,6 +1,5 @@
 """Prefill and decode, timed: what `kvfold generate` streams and `kvfold bench` measures."""
 
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvfold.errors import ModelError
+from kvfold.lab.clock import Clock
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,9 @@ def generate(
     ends = torch.tensor(sorted(eos), dtype=torch.long, device=input_ids.device)
     tokens: list[torch.Tensor] = []
     times: list[float] = []
+    clock = Clock(input_ids.device)
     while True:
-        start = time.perf_counter()
+        clock.start()
         if not tokens:
             logits = prefill(model, cache, input_ids, chunk, attention_mask)
         else:
@@ -118,8 +119,9 @@ def generate(
         if tokens:
             ended = torch.isin(tokens[-1], ends)
             token = torch.where(ended, tokens[-1], token)
-        finished = bool(torch.isin(token, ends).all())  # reading it also waits for the device
-        times.append(1000 * (time.perf_counter() - start))
+        clock.stop()
+        finished = bool(torch.isin(token, ends).all())
+        times.append(clock.milliseconds())
         tokens.append(token)
         if on_token is not None:
             on_token(token)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from kvfold.kv_cache import KVCache
 from kvfold.lab.generate import generate
 from kvfold.models.adapter import cache as make_cache
+from kvfold.models.step import describe
 from kvfold.plan import Plan
 
 _SAMPLE_S = 0.005
@@ -38,6 +39,7 @@ class Timing:
         peak_bytes: the most memory used at once, beyond the loaded model.
         peak_method: how that was measured.
         kernel: what attended to the compressed segments.
+        step: what computed decode steps: compiled layers, a CUDA graph, or transformers.
     """
 
     ttft_ms: float
@@ -48,6 +50,7 @@ class Timing:
     peak_bytes: int
     peak_method: str
     kernel: str
+    step: str
 
 
 def measure(model: PreTrainedModel, ids: torch.Tensor, plan: str | Plan, num_new: int, chunk: int) -> Timing:
@@ -74,6 +77,7 @@ def measure(model: PreTrainedModel, ids: torch.Tensor, plan: str | Plan, num_new
         peak_bytes=peak.num_bytes,
         peak_method=peak.method,
         kernel=cache.kernel,
+        step=describe(model),
     )
 
 

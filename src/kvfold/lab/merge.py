@@ -68,6 +68,7 @@ def _timing_fields(timings: list[Measurement], batch: int) -> dict[str, Any]:
         "peak_bytes": max(run["peak_bytes"] for run in runs),
         "peak_method": first["peak_method"],
         "kernel": first["kernel"],
+        "step": first["step"],
         "repeats": len(runs),
     }
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from kvfold.files import make_folder, replacing
 from kvfold.kv_cache import KVCache
+from kvfold.lab.clock import Clock
 from kvfold.lab.counting import ATTEND, Ledger, attention_ranges, nvtx_range
 from kvfold.lab.generate import prefill
 from kvfold.lab.profile import write_trace
@@ -65,8 +66,8 @@ def profile_decode(
     nvtx = device.type == "cuda"
     with nvtx_range("prefill", nvtx):
         token = prefill(model, cache, input_ids, chunk).argmax(-1, keepdim=True)
-    step_seconds, run_by = _timed_steps(model, cache, token, steps, device), describe(model)
-    uninstall(model)  # a layer that is one compiled call has no operations to see
+    step_ms, run_by = _timed_steps(model, cache, token, steps, device), describe(model)
+    uninstall(model)  # a layer that is one compiled call, or a step that is one graph, has no operations to see
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if nvtx else [])
     with attention_ranges(nvtx=nvtx), torch.profiler.profile(activities=activities) as profiler:
         for step in range(steps):
@@ -83,7 +84,7 @@ def profile_decode(
         step=run_by,
         context=input_ids.shape[1],
         steps=steps,
-        step_ms=1e3 * sorted(step_seconds)[len(step_seconds) // 2],
+        step_ms=sorted(step_ms)[len(step_ms) // 2],
         kv_bytes=cache.nbytes,
         roofs=roofs,
         operations=tuple(_operations(profiler, ledger, on_gpu=nvtx)),
@@ -101,16 +102,13 @@ def _step(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> None:
 
 
 def _timed_steps(model: PreTrainedModel, cache: KVCache, token: torch.Tensor, steps: int, device: torch.device) -> list[float]:
-    """Seconds of decode steps without a profiler, the first left out."""
-    from time import perf_counter
-
-    times = []
+    """Milliseconds of decode steps without a profiler, the first left out."""
+    clock, times = Clock(device), []
     for _ in range(steps + 1):
-        start = perf_counter()
+        clock.start()
         _step(model, cache, token)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(perf_counter() - start)
+        clock.stop()
+        times.append(clock.milliseconds())
     return times[1:]
 
 

@@ -106,6 +106,7 @@ class Record:
         continuation: that continuation.
         quality_prefill_len, quality_chunk, quality_dtype: how quality was streamed.
         repeats: runs that the times come from.
+        step: what computed decode steps: compiled layers, a CUDA graph, or transformers.
     """
 
     strategy: str
@@ -151,6 +152,7 @@ class Record:
     machine: dict[str, str]
     date: str
     weights: str = "dense"
+    step: str | None = None
 
 
 class Journal:

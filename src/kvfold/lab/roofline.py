@@ -6,7 +6,6 @@ Williams et al., Roofline: An Insightful Visual Performance Model (Communication
 """
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from kvfold.files import replacing
+from kvfold.lab.clock import Clock
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,12 @@ class Operation:
 def best_seconds(run: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
     """The median time of `run` on a device, after a first one that is not counted."""
     run()
-    times = []
+    clock, times = Clock(device), []
     for _ in range(repeats):
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize(device)
-            times.append(start.elapsed_time(end) / 1e3)
-        else:
-            before = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - before)
+        clock.start()
+        run()
+        clock.stop()
+        times.append(clock.milliseconds() / 1e3)
     return statistics.median(times)
 
 

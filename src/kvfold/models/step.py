@@ -15,7 +15,6 @@ must agree. A layer that differs stays as it is. `describe` says how many layers
 float32, where the model's own code rounds after each operation.
 """
 
-from operator import is_
 from typing import Any
 
 import torch
@@ -27,6 +26,8 @@ from kvfold.kernels import cpu
 from kvfold.kernels.cpu import step
 from kvfold.kv_cache import KVCache
 from kvfold.layer_cache import LayerCache
+from kvfold.models import graph
+from kvfold.models.watch import Watch
 from kvfold.models.weights import PackedLinear
 
 _LINEARS = (
@@ -54,6 +55,7 @@ def install(model: PreTrainedModel, name: str, attention: Any) -> None:
         name, attention: kvfold's attention function, and the name by which the model uses it already. A model that is given
             another one later runs its own code again.
     """
+    graph.install(model)
     if not step.usable():
         return
     for layer in getattr(model.get_decoder(), "layers", []):
@@ -67,14 +69,17 @@ def install(model: PreTrainedModel, name: str, attention: Any) -> None:
 
 
 def uninstall(model: PreTrainedModel) -> None:
-    """Gives layers and head their own forward back."""
+    """Gives model, layers and head their own forward back."""
+    graph.uninstall(model)
     for module in model.modules():
         if isinstance(vars(module).get("forward"), CompiledLayer | CompiledLinear):
             del module.forward
 
 
 def describe(model: PreTrainedModel) -> str:
-    """What runs a decode step: `cpu-avx512`, `cpu-avx512 in 20 of 24 layers`, or `transformers`."""
+    """What runs a decode step: `cpu-avx512`, `cpu-avx512 in 20 of 24 layers`, `cuda-graph`, or `transformers` (and why)."""
+    if captured := graph.describe(model):
+        return captured
     layers = list(getattr(model.get_decoder(), "layers", []))
     count = sum(isinstance(vars(layer).get("forward"), CompiledLayer) for layer in layers)
     if not count or not step.usable():
@@ -179,7 +184,7 @@ class CompiledLayer:
                 self._built = None
                 return False
         built = self._built
-        return hidden.dtype == built.native.dtype and built.config._attn_implementation == self.name and not built.watched()
+        return hidden.dtype == built.native.dtype and built.config._attn_implementation == self.name and not built.watch.heard()
 
     def agrees(self) -> bool:
         """Tries the compiled step against the layer's own, on random numbers; takes over scaling and cap of the scores."""
@@ -262,26 +267,15 @@ class _Built:
         used_norms = [module for module, _ in kinds if module is not None]
         self._norm_weights = [module.weight for module in used_norms]
         self._versions = [weight._version for weight in self._norm_weights]
-        self._tensors = [current.tensor for current in linears]
-        self._addresses = [current.address for current in linears]
-        self._places: list[tuple[dict[str, Any], str]] = [(owners[owner]._modules, name) for owner, name in _LINEARS]
-        self._places += [(c.module._parameters, "weight" if "weight" in c.module._parameters else "packed") for c in linears]
-        self._places += [(module._parameters, "weight") for module in used_norms]
-        self._parts: list[Any] = [*(c.module for c in linears), *self._tensors, *self._norm_weights]
-        watched = [self.module, mlp, *self.module.children(), *mlp.children(), *norm.values()]
-        self._hooks = [hooks for m in watched for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        places: list[tuple[dict[str, Any], str]] = [(owners[owner]._modules, name) for owner, name in _LINEARS]
+        places += [(c.module._parameters, "weight" if "weight" in c.module._parameters else "packed") for c in linears]
+        places += [(module._parameters, "weight") for module in used_norms]
+        heard = [self.module, mlp, *self.module.children(), *mlp.children(), *norm.values()]
+        self.watch = Watch(places, [current.tensor for current in linears], heard)
 
     def stands(self) -> bool:
         """Whether all parts, their weights and their memory are what they were. Called for each layer and token: kept cheap."""
-        return (
-            all(map(is_, [parts.get(name) for parts, name in self._places], self._parts))
-            and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
-            and [weight._version for weight in self._norm_weights] == self._versions
-        )
-
-    def watched(self) -> bool:
-        """Whether someone listens to a module that the compiled step does not call."""
-        return any(self._hooks)
+        return self.watch.stands() and [weight._version for weight in self._norm_weights] == self._versions
 
 
 class _Probe:

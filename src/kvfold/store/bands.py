@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 
 from kvfold.store.base import Fields, TensorCodec
+from kvfold.store.constants import sent, vector
 from kvfold.store.pack import pack, unpack
 
 MOST_BITS = 6
@@ -186,7 +187,7 @@ def distortion(bits: int) -> float:
 
 
 def _table(bits: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor(normal_levels(bits), device=device)
+    return sent(device, vector, normal_levels(bits))
 
 
 def _nearest(x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from kvfold.store import levels as known
 from kvfold.store import scales as of
 from kvfold.store.base import Fields, TensorCodec
+from kvfold.store.constants import sent, vector
 from kvfold.store.pack import pack, unpack
 from kvfold.store.scales import Axis, Scales
 
@@ -82,7 +83,7 @@ class Fitted(TensorCodec):
 
     def _lloyd(self, x: torch.Tensor) -> torch.Tensor:
         """The levels of `x [..., n]`, `[..., 2^bits] half`, ascending."""
-        start = torch.tensor(known.on_a_sphere(self.bits, 64), device=x.device)
+        start = sent(x.device, vector, known.on_a_sphere(self.bits, 64))
         levels = start * x.square().mean(-1, keepdim=True).sqrt()
         for _ in range(self.rounds):
             codes = _nearest(x, levels)

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from kvfold.store.base import AroundCodec, Fields
+from kvfold.store.constants import sent
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class Rotated(AroundCodec):
 
     def matrix(self) -> torch.Tensor:
         """The rotation, `[D, D] float32`: made once, never freed."""
-        return hadamard(self.head_dim) if self.rotation == "hadamard" else random_rotation(self.head_dim)
+        return self.matrix_on(torch.device("cpu"))
 
     def matrix_on(self, device: torch.device) -> torch.Tensor:
         """The same on a device."""
-        return _sent(self.head_dim, self.rotation, device)
+        return sent(device, hadamard if self.rotation == "hadamard" else random_rotation, self.head_dim)
 
     def _matrix(self, like: torch.Tensor) -> torch.Tensor:
         return self.matrix_on(like.device)
@@ -58,12 +59,6 @@ class Rotated(AroundCodec):
 
     def unfold_output(self, out: torch.Tensor) -> torch.Tensor:
         return self.inner.unfold_output(out) @ self._matrix(out).T
-
-
-@functools.cache
-def _sent(head_dim: int, rotation: str, device: torch.device) -> torch.Tensor:
-    """Sent to a device once: a copy at every step would wait for it."""
-    return (hadamard(head_dim) if rotation == "hadamard" else random_rotation(head_dim)).to(device)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from kvfold.store.base import Fields
+from kvfold.store.constants import sent
 
 Axis = Literal["token", "channel"]
 Scales = Literal["half", "log8"]
@@ -70,7 +71,7 @@ def load_scale(fields: Fields, axis: Axis, scales: Scales) -> torch.Tensor:
     if scales == "half":
         return fields["scale"].float()
     largest = fields["base"].float().unsqueeze(-1) if "base" in fields else LARGEST_OF_TOKEN
-    return scale_grid(axis).to(fields["scale"].device)[fields["scale"].int()] * largest
+    return sent(fields["scale"].device, scale_grid, axis)[fields["scale"].int()] * largest
 
 
 def largest_clip(axis: Axis, scales: Scales) -> float:
@@ -79,7 +80,7 @@ def largest_clip(axis: Axis, scales: Scales) -> float:
 
 
 def _log_codes(scale: torch.Tensor, largest: torch.Tensor, axis: Axis, nearest: bool) -> torch.Tensor:
-    bounds = scale_bounds(axis, nearest).to(scale.device)
+    bounds = sent(scale.device, scale_bounds, axis, nearest)
     return torch.bucketize(largest / scale.clamp_min(_TINY / 256), bounds, right=True).to(torch.uint8)
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from kvfold.store.base import AroundCodec, Fields, join, part
+from kvfold.store.constants import sent
 
 _ROUNDS = 4
 """Rounds of subspace iteration: errors come within 5 % of the best ones on blocks without structure, and nearer on others."""
@@ -63,7 +64,7 @@ def _principal(x: torch.Tensor, rank: int) -> torch.Tensor:
     largest = x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     x = x / largest  # squares of small numbers would vanish
     gram = x.mT @ x
-    q = _start(x.shape[-1], rank).to(x.device).expand(*x.shape[:-2], -1, -1)
+    q = sent(x.device, _start, x.shape[-1], rank).expand(*x.shape[:-2], -1, -1)
     for _ in range(_ROUNDS):
         q = torch.linalg.qr(gram @ q).Q
     return q

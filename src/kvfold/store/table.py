@@ -17,6 +17,7 @@ import torch
 from kvfold.site import Site
 from kvfold.store import scales as of
 from kvfold.store.base import Fields, KVCodec, Store, TensorCodec
+from kvfold.store.constants import sent, vector
 from kvfold.store.pack import pack, unpack
 from kvfold.store.rotation import Rotated
 from kvfold.store.scales import Axis, Scales
@@ -112,7 +113,7 @@ class Table(TensorCodec):
         return codes if self.axis == "token" else codes.mT.contiguous()
 
     def _levels(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(self.levels, device=like.device)
+        return sent(like.device, vector, self.levels)
 
     def _values(self, fields: Fields) -> torch.Tensor:
         """The levels of the codes, `[..., T, D] float32`."""
@@ -148,7 +149,7 @@ class Table(TensorCodec):
         over = of.over(self.axis)
         scale, zero = self.load_scales(fields)
         scaled = (grouped if zero is None else grouped - zero.unsqueeze(over)) / scale.unsqueeze(over)
-        return torch.bucketize(scaled, self.middles(scaled), out_int32=True).to(torch.uint8)
+        return torch.bucketize(scaled.contiguous(), self.middles(scaled), out_int32=True).to(torch.uint8)
 
 
 def _least_squares(x: torch.Tensor, levels: torch.Tensor, over: int, offset: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

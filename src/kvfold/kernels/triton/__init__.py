@@ -126,6 +126,7 @@ class Look:
         q: `[R, M, D] float32`, contiguous, scaled.
         first_visible: `[R, Q] long` or None.
         starts, lengths: for contiguous rows, R each; empty otherwise.
+        spans: starts `[R] int32` and lengths `[R]` that only the device knows, in place of those.
     """
 
     segment: Descriptor
@@ -133,6 +134,7 @@ class Look:
     first_visible: torch.Tensor | None
     starts: Sequence[int]
     lengths: Sequence[int]
+    spans: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def supports(codec: KVCodec) -> bool:
@@ -149,6 +151,11 @@ def supports_dense(dtype: torch.dtype) -> bool:
     return dtype in _DENSE
 
 
+def supports_head_dim(head_dim: int) -> bool:
+    """Whether the kernels take vectors of this size."""
+    return _MIN_HEAD_DIM <= head_dim <= _MAX_HEAD_DIM
+
+
 def describe_blocks(
     codec: KVCodec, fields: Fields, table: torch.Tensor, slots: torch.Tensor | None, head_dim: int
 ) -> Descriptor | None:
@@ -156,7 +163,7 @@ def describe_blocks(
 
     None for a head dim that the kernels don't take. ValueError for fields that are not what the codec writes.
     """
-    if not _MIN_HEAD_DIM <= head_dim <= _MAX_HEAD_DIM:
+    if not supports_head_dim(head_dim):
         return None
     capacity = next(iter(fields.values())).shape[0]
     _check("table", table, tuple(table.shape), torch.int64)
@@ -172,7 +179,7 @@ def describe_blocks(
 def describe_run(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> Descriptor | None:
     """Dense tokens: `k, v [R, N, D]` with a last axis that lies together, `slots [R, N] int32`; causal."""
     num_rows, num_tokens, head_dim = k.shape
-    if not _MIN_HEAD_DIM <= head_dim <= _MAX_HEAD_DIM:
+    if not supports_head_dim(head_dim):
         return None
     slots = slots.contiguous()
     _check("slots", slots, (num_rows, num_tokens), torch.int32)
@@ -281,7 +288,7 @@ def encode(codec: KVCodec, k: torch.Tensor, v: torch.Tensor) -> Fields:
 
 
 def _encodes(codec: TensorCodec, block: int, head_dim: int) -> bool:
-    if not isinstance(codec, Affine) or not _known(codec) or not _MIN_HEAD_DIM <= head_dim <= _MAX_HEAD_DIM:
+    if not isinstance(codec, Affine) or not _known(codec) or not supports_head_dim(head_dim):
         return False
     side = _side(codec, block, head_dim)
     return not side.padded and side.group & (side.group - 1) == 0

@@ -135,9 +135,11 @@ def _arguments(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What all kernels are told of queries and K: values, and compile-time constants."""
     segment = look.segment
-    contiguous = len(look.lengths) > 0
-    uniform = contiguous and len(set(look.lengths)) == 1 and len(set(look.starts)) == 1
-    starts, lengths = segment.spans(look.starts, look.lengths, look.q.device) if contiguous and not uniform else (None, None)
+    contiguous = look.spans is not None or len(look.lengths) > 0
+    uniform = look.spans is None and len(set(look.lengths)) == 1 and len(set(look.starts)) == 1
+    starts, lengths = look.spans or (None, None)
+    if look.spans is None and contiguous and not uniform:
+        starts, lengths = segment.spans(look.starts, look.lengths, look.q.device)
     if uniform:
         start, length = look.starts[0], look.lengths[0]
     else:

@@ -1,0 +1,192 @@
+"""The end of a layer's cache on a GPU: a token's step as the same operations on the same memory.
+
+A CUDA graph replays operations without Python. So a step that is to be captured must not know on the host how many tokens
+there are: numbers on the device say where the next one goes, and the step adds one to them, as the host does beside it.
+Between two events that change more than that (a block is full, a sequence is cropped) all steps are alike; at such an event
+the host brings segments and numbers up to date, outside of the graph. Memory stays where it was as far as it can: a graph
+holds for as long as `mark` does (kvfold.models.graph).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from kvfold import kernels
+from kvfold.attention import dispatch
+from kvfold.blocks import Blocks
+from kvfold.kernels import triton
+from kvfold.segment import Room, Run
+from kvfold.store.dense import DenseCodec
+
+SPARE = 16
+"""A pool that must grow does so by one block in this many, so that graphs hold for longer."""
+_SPARE_COLUMNS = 8
+
+
+class StaticTail:
+    """Sinks, blocks and recent tokens of a layer whose rows hold the same slots, and the place of the next one.
+
+    Attributes:
+        left: tokens that still fit.
+        taken: tokens that have come since it was opened.
+        in_body: whether they go into blocks, one by one; otherwise behind the recent ones.
+    """
+
+    def __init__(self, recent: Run, window: int, body: Blocks):
+        rows, _, head_dim = recent.k.shape
+        self.in_body = body.unit == "token"
+        self.capacity = 1 if self.in_body else window + body.pool.block
+        k, v = (x.new_zeros(rows, self.capacity, head_dim) for x in (recent.k, recent.v))
+        self.room = Room(k, v, recent.slots.new_full((rows, self.capacity), -1), 0)
+        # Where the next token goes, its slot, and how many tokens the blocks of each row hold; and the slot of their first.
+        self._numbers = torch.zeros(2 + rows, dtype=torch.long, device=k.device)
+        self._place, self._slot, self._lengths = self._numbers.split((1, 1, rows))
+        self._starts = torch.zeros(rows, dtype=torch.int32, device=k.device)
+        self._table = torch.empty(rows, 0, dtype=torch.long, device=k.device)
+        self._looks: list[tuple[triton.Descriptor, tuple[torch.Tensor, torch.Tensor] | None]] = []  # see triton.Look
+        self.mark: tuple[int, ...] = ()
+        self.left = self.taken = 0
+
+    @staticmethod
+    def why_not(sink: Run, body: Blocks, recent: Run, window: int) -> str | None:
+        """Why tokens can't come to such segments in steps that are all alike, or None where they can."""
+        if kernels.serving(recent.k.device.type) is not triton:
+            return "attention is not Triton's"
+        known = triton.supports(body.codec) and triton.supports_dense(recent.k.dtype)
+        if not (known and triton.supports_head_dim(recent.k.shape[-1])):
+            return "the Triton kernels don't read its codec"
+        if body.starts is None or len({*zip(body.starts, body.lengths, strict=True)}) > 1 or not (sink.whole and recent.whole):
+            return "its rows hold different tokens"
+        if body.pool.shared:
+            return "its sequences share blocks"
+        if body.unit == "token" and window:
+            return "each token pushes another one out of its dense window"
+        if body.unit == "token" and not body.pool.fields:
+            return "nothing is encoded yet"
+        return None
+
+    def suits(self, recent: Run, window: int, body: Blocks) -> bool:
+        """Whether its memory serves such segments."""
+        capacity = 1 if body.unit == "token" else window + body.pool.block
+        k = self.room.k
+        return (len(k), self.capacity, k.device, k.dtype) == (len(recent.k), capacity, recent.k.device, recent.k.dtype)
+
+    def open(self, sink: Run, body: Blocks, recent: Run, num_seen: int) -> Run:
+        """Makes ready for the tokens after these, of which `why_not` says nothing; returns `recent`, now in its memory."""
+        rows, pool = len(recent.slots), body.pool
+        assert body.starts is not None
+        length = body.lengths[0]
+        self.taken = 0
+        pool.reserve(rows, rows * (pool.table.shape[1] // SPARE))
+        if self.in_body:
+            if length == pool.table.shape[1] * pool.block:
+                pool.extend([n + 1 for n in pool.num_blocks()])
+            self.left = pool.table.shape[1] * pool.block - length
+        else:
+            recent = self._hold(recent, num_seen - recent.width)
+            self.left = self.capacity - recent.width
+        self._starts.fill_(body.starts[0])
+        self._first_slot, self._first_place, self._length = num_seen, length if self.in_body else recent.width, length
+        self._follow(pool.table)
+        self._describe(sink, body)
+        self.count()
+        return recent
+
+    def count(self) -> None:
+        """Writes to the device what the host has counted."""
+        self._place.fill_(self._first_place + self.taken)
+        self._slot.fill_(self._first_slot + self.taken)
+        self._lengths.fill_(self._length + (self.taken if self.in_body else 0))
+
+    def take(self) -> None:
+        """Says that one more token is there."""
+        self.left -= 1
+        self.taken += 1
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What it holds beside the segments; its room is theirs as well for as long as it is open."""
+        named = {"table": self._table, "numbers": self._numbers, "starts": self._starts}
+        yield from (named | {"k": self.room.k, "v": self.room.v, "slots": self.room.slots}).items()
+
+    # -- the step --------------------------------------------------------------------------------------------------------
+
+    def attend(self, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor, softcap: float | None) -> torch.Tensor:
+        """Puts a token into its place and attends to all: nothing waits for the device, and nothing comes from the host.
+
+        Args:
+            k, v: `[R, 1, D]`, in the model's type.
+            q: `[R, G, D] float32`, scaled.
+
+        Returns:
+            `[R, G, D] float32`.
+        """
+        room = self.room
+        if self._writes_first:
+            self._write(k, v)
+            self._lengths.add_(1)
+        elif self.in_body:  # attended to as it is, and encoded then
+            room.k.copy_(k)
+            room.v.copy_(v)
+            room.slots.copy_(self._slot.expand_as(room.slots))
+        else:
+            room.k.index_copy_(1, self._place, k)
+            room.v.index_copy_(1, self._place, v)
+        q = q.contiguous()
+        looks = [triton.Look(descriptor, q, None, (), (), spans) for descriptor, spans in self._looks]
+        out, _ = triton.attend(looks, self._slot, q.shape[1], softcap, k.dtype)
+        if self.in_body and not self._writes_first:
+            self._write(k, v)
+            self._lengths.add_(1)
+        self._numbers[:2].add_(1)
+        return out
+
+    def _write(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """A token of each row to its place in their blocks."""
+        block = self._codec.block
+        ids = self._table.index_select(1, self._place // block)[:, 0]
+        addresses = ids * block + self._place % block
+        for name, x in dispatch.encode(self._codec, k, v).items():
+            held = self._fields[name]
+            held.view(-1, *held.shape[2:]).index_copy_(0, addresses, x[:, 0])
+
+    # -- memory ----------------------------------------------------------------------------------------------------------
+
+    def _hold(self, recent: Run, first: int) -> Run:
+        """The recent tokens, whose slots start at `first`, in this one's room."""
+        room, width = self.room, recent.width
+        if recent.room is not room:
+            room.k[:, :width], room.v[:, :width] = recent.k, recent.v
+        torch.arange(first, first + self.capacity, device=room.slots.device, out=(row := room.slots.new_empty(self.capacity)))
+        room.slots.copy_(row.expand_as(room.slots))
+        room.used = width
+        run = Run(room.k[:, :width], room.v[:, :width], room.slots[:, :width], whole=True)
+        run.room = room
+        return run
+
+    def _follow(self, table: torch.Tensor) -> None:
+        """A table of which blocks can be added to without changing its place."""
+        rows, columns = table.shape
+        if self._table.shape[1] < columns:
+            self._table = table.new_empty(rows, columns + _SPARE_COLUMNS)
+        self._table.fill_(-1)
+        self._table[:, :columns] = table
+
+    def _describe(self, sink: Run, body: Blocks) -> None:
+        """What the kernels are told, unless all lies where it did."""
+        fields = body.pool.fields
+        held = [self.room.k, self._table, *fields.values(), *([sink.k] if sink.width else [])]
+        mark = (sink.width, *(x.data_ptr() for x in held))
+        if mark == self.mark:
+            return
+        head_dim = self.room.k.shape[-1]
+        self.mark, self._codec, self._fields = mark, body.codec, fields
+        sides = body.codec.k, body.codec.v
+        alike = all(isinstance(side, DenseCodec) and side.dtype == self.room.k.dtype for side in sides)
+        self._writes_first = self.in_body and alike
+        runs = ([sink] if sink.width else []) + ([] if self._writes_first else [self.room])
+        described: list[Any] = [(triton.describe_run(run.k, run.v, run.slots), None) for run in runs]
+        if fields:
+            blocks = triton.describe_blocks(body.codec, fields, self._table, None, head_dim)
+            described.append((blocks, (self._starts, self._lengths)))
+        self._looks = described
