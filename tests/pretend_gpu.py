@@ -82,6 +82,7 @@ class Graph:
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], object]] = []
+        self.made: list[torch.Tensor] = []
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def remember(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -95,9 +96,11 @@ class Graph:
                     self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
 
     def captured(self) -> None:
-        """Puts everything back that capturing has written over."""
+        """Puts everything back that capturing has written over; what it has made holds nothing yet."""
         for storage, before in self._before.values():
             storage.copy_(before)
+        for made in self.made:
+            made.fill_(torch.nan if made.is_floating_point() else 77)
 
     def replay(self) -> None:
         for step in self.steps:
@@ -112,6 +115,7 @@ class PretendGPU(TorchDispatchMode):
 
     Attributes:
         waits, uploads: names of operations that waited for the device, and that copied to it, since they were last cleared.
+        has_kernels: whether attention is Triton's (see `with_kernels`).
     """
 
     entered: ClassVar["PretendGPU | None"] = None
@@ -121,6 +125,7 @@ class PretendGPU(TorchDispatchMode):
         self.waits: list[str] = []
         self.uploads: list[str] = []
         self.graph: Graph | None = None
+        self.has_kernels = False
 
     def __enter__(self) -> "PretendGPU":
         self._lifted = torch._C._only_lift_cpu_tensors()
@@ -162,7 +167,9 @@ class PretendGPU(TorchDispatchMode):
             self.graph.remember(func, host_args, host_kwargs)
         result = func(*host_args, **host_kwargs)
         if self.graph is not None and is_made_here:
-            self.graph.steps.append(_again(func, host_args, host_kwargs, result))
+            again, made = _again(func, host_args, host_kwargs, result)
+            self.graph.steps.append(again)
+            self.graph.made += made
         if moves and any(result is x for x in host_args):
             result = result.clone()  # the same type on the same host: nothing was to be done, but there are two devices
         if not is_made_here:
@@ -218,8 +225,8 @@ def _on_host(x: Any) -> Any:
     return x.host if isinstance(x, OnDevice) else x
 
 
-def _again(func: Any, args: Any, kwargs: Any, result: Any) -> Callable[[], object]:
-    """The same operation on the same memory."""
+def _again(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[Callable[[], object], list[torch.Tensor]]:
+    """The same operation on the same memory, and the tensors that it makes."""
     results = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
     given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
     writes = [x for x in results if x.untyped_storage().data_ptr() not in given]  # else a view, or in place
@@ -230,7 +237,7 @@ def _again(func: Any, args: Any, kwargs: Any, result: Any) -> Callable[[], objec
             if any(held is w for w in writes):
                 held.copy_(x)
 
-    return run
+    return run, writes
 
 
 @contextlib.contextmanager
@@ -330,4 +337,5 @@ def with_kernels(device: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
         (encoding, "encode_kernel"),
     ]:
         monkeypatch.setattr(module, name, Launched(getattr(module, name)))
-    monkeypatch.setattr(triton, "chosen", lambda device: "triton" if device == "cuda" else None)
+    device.has_kernels = True
+    monkeypatch.setattr(triton, "chosen", lambda kind: "triton" if kind == "cuda" and device.has_kernels else None)

@@ -1,5 +1,6 @@
 """Everything on a GPU, as far as one that is not there can tell: pretend_gpu.py says what that is."""
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,16 +24,18 @@ pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this tor
 IDS = tokens(2, 170)
 
 
-@pytest.fixture(autouse=True)
-def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's compiled kernels round otherwise: both sides are the reference's, bit for bit."""
-    monkeypatch.setenv("KVFOLD_CPU", "off")
-
-
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
     with pretend_gpu(monkeypatch) as device:
         yield device
+
+
+@contextlib.contextmanager
+def in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU's compiled kernels round otherwise than the reference."""
+    with monkeypatch.context() as patch:
+        patch.setenv("KVFOLD_CPU", "off")
+        yield
 
 
 def model_on(device: str) -> PreTrainedModel:
@@ -50,7 +53,8 @@ def logits_of(model: PreTrainedModel, plan: str, ids: torch.Tensor) -> torch.Ten
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "transformers"])
 def test_every_strategy_computes_what_it_computes_on_a_cpu(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = str(resolve(strategy))
-    wanted = logits_of(model_on("cpu"), plan, IDS[:1])
+    with in_plain_torch(monkeypatch):
+        wanted = logits_of(model_on("cpu"), plan, IDS[:1])
     with pretend_gpu(monkeypatch):
         got = logits_of(model_on(DEVICE), plan, IDS[:1].to(DEVICE)).cpu()
     assert torch.equal(got, wanted)
@@ -99,7 +103,8 @@ def a_life(model: PreTrainedModel, plan: str, device: str, folder: Path) -> list
     ],
 )
 def test_a_whole_life(plan: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    wanted = a_life(model_on("cpu"), plan, "cpu", tmp_path)
+    with in_plain_torch(monkeypatch):
+        wanted = a_life(model_on("cpu"), plan, "cpu", tmp_path)
     with pretend_gpu(monkeypatch):
         got = a_life(model_on(DEVICE), plan, DEVICE, tmp_path)
     assert len(got) == len(wanted)
@@ -108,11 +113,12 @@ def test_a_whole_life(plan: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_a_cache_goes_from_a_cpu_to_a_gpu_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    model = model_on("cpu")
-    cache = kvfold.cache(model, "int4")
-    generate(model, IDS, cache, 2)
-    cache.save(tmp_path / "cache.safetensors")
-    wanted = model(input_ids=IDS[:, :1], past_key_values=cache, use_cache=True).logits
+    with in_plain_torch(monkeypatch):
+        model = model_on("cpu")
+        cache = kvfold.cache(model, "int4")
+        generate(model, IDS, cache, 2)
+        cache.save(tmp_path / "cache.safetensors")
+        wanted = model(input_ids=IDS[:, :1], past_key_values=cache, use_cache=True).logits
     with pretend_gpu(monkeypatch):
         model = model_on(DEVICE)
         cache = kvfold.load_cache(tmp_path / "cache.safetensors", model)

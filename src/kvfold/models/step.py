@@ -227,6 +227,8 @@ class _Built:
     """What the compiled code was made of, and whether that is still so."""
 
     def __init__(self, layer: nn.Module):
+        if not all(p.is_cpu for p in layer.parameters()):
+            raise UnknownLayerError("its weights are not in the host's memory")
         self.module = _child(layer, "self_attn")
         self.index = int(_known(self.module, "layer_idx"))
         mlp = _child(layer, "mlp")
@@ -248,8 +250,8 @@ class _Built:
         config = self.config = _known(self.module, "config")
         activation = _ACTIVATIONS.get(str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)))
         dtype: Any = norm["input_layernorm"].weight.dtype
-        if activation is None or not step.supports(dtype) or not all(p.is_cpu for p in layer.parameters()):
-            raise UnknownLayerError(f"an activation, a type or a device that is not known: {config.model_type}")
+        if activation is None or not step.supports(dtype):
+            raise UnknownLayerError(f"an activation or a type that is not known: {config.model_type}")
         kinds = (
             (norm["input_layernorm"], hidden),
             (of_heads[0], head_dim),
