@@ -8,8 +8,8 @@ Llama-3-8B: 32 query heads on 8 KV heads of 128. Calls are captured in a CUDA gr
 level-2 cache holds them; a time is the median of replays over the calls of a graph. Bytes are those of codes, scales and zero
 points, counted. Sections that no longer fit into --seconds are left out and named. The table comes last; the JSON file has all.
 
-It needs nothing but torch, Triton and transformers. Without a GPU, TRITON_INTERPRET=1 KVFOLD_TRITON=interpret and --smoke run
-all of it on tiny shapes in Triton's interpreter: its times mean nothing.
+It needs nothing but torch, Triton and transformers. --smoke runs all of it on tiny shapes; without a GPU in Triton's
+interpreter (TRITON_INTERPRET=1 KVFOLD_TRITON=interpret): its times mean nothing.
 """
 
 import argparse
@@ -32,17 +32,22 @@ from kvfold.attention import dispatch
 from kvfold.blocks import Blocks
 from kvfold.kernels.triton import Look, tuning
 from kvfold.kernels.triton.launch import attend as launch
+from kvfold.lab.clock import Clock
+from kvfold.lab.generate import generate, prefill
+from kvfold.lab.measure import peak_memory
 from kvfold.lab.roofline import Roofs, measure_roofs
+from kvfold.models.step import describe
 
 # -- tuning ------------------------------------------------------------------------------------------------------------------
 
 
 def tune(state: Session) -> None:
-    tokens, batch = (256, 1) if state.smoke else (32768, 2)
+    tokens, batch = (64, 1) if state.smoke else (32768, 2)
+    candidates = tuning.CANDIDATES[:2] if state.smoke else tuning.CANDIDATES
     rows = batch * state.shape.kv_heads
     found = {}
     for plan in PLANS:
-        if state.smoke or not state.left(f"tuning {plan}", 40):
+        if not state.on_gpu or not state.left(f"tuning {plan}", 40):
             continue
         blocks = filled(state, plan, rows, tokens, state.shape.head_dim)
         asked = query(state, rows, state.shape.groups, state.shape.head_dim, tokens)
@@ -54,7 +59,7 @@ def tune(state: Session) -> None:
             return milliseconds(state, [lambda: launch([look], asked.slots, asked.num_groups, None, config)] * 4, 10)["p50"]
 
         block_m = max(8, state.shape.groups)
-        times = tuning.tune(place.descriptor, state.shape.head_dim, block_m, state.device, measured)
+        times = tuning.tune(place.descriptor, state.shape.head_dim, block_m, state.device, measured, candidates)
         found[plan] = {str(config): ms for config, ms in times.items()}
         state.say(f"tuned {plan}: {min(times, key=times.__getitem__)}")
     state.results["tuning"] = found
@@ -83,7 +88,7 @@ def decode(state: Session, roofs: Roofs) -> None:
             rate = num_bytes / ms["p50"] / 1e6
             row = {"batch": batch, "tokens": tokens, "variant": name, "ms": ms, "bytes": num_bytes, "gb_per_s": rate}
             rows.append(row | {"of_copy": rate * 1e9 / roofs.copy})
-            if not state.smoke:
+            if state.on_gpu:
                 torch.cuda.empty_cache()
         state.say(f"decode, batch {batch}, {tokens} tokens")
 
@@ -112,7 +117,7 @@ def variants(state: Session, batch: int, tokens: int) -> Any:
 
     flash = SDPBackend.MATH if state.smoke else SDPBackend.FLASH_ATTENTION
     yield "sdpa-flash bf16", (torch_calls(flash), dense_bytes)
-    if importlib.util.find_spec("flash_attn") and not state.smoke:
+    if importlib.util.find_spec("flash_attn") and state.on_gpu:
         yield "flash-attn bf16", (flash_attention_calls(state, batch, tokens, dense_bytes), dense_bytes)
     for plan in PLANS:
         first = filled(state, plan, batch * shape.kv_heads, tokens, shape.head_dim)
@@ -168,7 +173,9 @@ def rest(state: Session, roofs: Roofs) -> None:
     if state.left("encoding", 20):
         rows = state.results["encode"] = []
         num = 4 if state.smoke else 8192 // 64 * shape.kv_heads
-        for plan in ("int8", "int4", "int2", "kivi2", "fp8"):
+        for plan in PLANS:
+            if plan == "full":
+                continue
             codec = codec_of(plan, shape.head_dim)
             k, v = torch.randn(2, num, codec.block, shape.head_dim, device=state.device).bfloat16()
             ms = milliseconds(state, [lambda c=codec, k=k, v=v: dispatch.encode(c, k, v)])["p50"]
@@ -179,12 +186,10 @@ def rest(state: Session, roofs: Roofs) -> None:
 
 
 def whole_model(state: Session) -> None:
-    """Eager transformers with random weights: a decode step, its peak memory, and the counted bytes."""
+    """A model with random weights: a decode step, what ran it, its peak memory, and the counted bytes."""
     if not state.left("whole model", 90):
         return
-    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache
-
-    from kvfold.lab.generate import generate
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache, StaticCache
 
     small = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 200}
     large = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 32000}
@@ -223,18 +228,50 @@ def whole_model(state: Session) -> None:
         if not state.left(f"whole model, {name}", 15):
             continue
         generate(model, ids[:, :200], make(), 2)
-        if not state.smoke:
-            torch.cuda.reset_peak_memory_stats()
-        before = 0 if state.smoke else torch.cuda.memory_allocated()
-        cache = make()
-        done = generate(model, ids, cache, new, chunk=2048)
-        peak = 0 if state.smoke else torch.cuda.max_memory_allocated() - before
-        token_ms = statistics.median(done.token_ms)
-        counted = getattr(cache, "nbytes", None)
-        rows.append(
-            {"cache": name, "ttft_ms": done.ttft_ms, "token_ms": token_ms, "peak_bytes": peak, "counted_bytes": counted}
-        )
-        state.say(f"whole model, {name}: {token_ms:.2f} ms a token")
+        with peak_memory(state.device) as peak:
+            cache = make()
+            done = generate(model, ids, cache, new, chunk=2048)
+        row = {"cache": name, "step": describe(model), "ttft_ms": done.ttft_ms, "token_ms": statistics.median(done.token_ms)}
+        rows.append(row | {"peak_bytes": peak.num_bytes, "counted_bytes": getattr(cache, "nbytes", None)})
+        state.say(f"whole model, {name}: {row['token_ms']:.2f} ms a token ({row['step']})")
+        del cache
+    if state.on_gpu and state.left("whole model, StaticCache", 15):
+        kvfold.detach(model)
+        model.set_attn_implementation("sdpa")
+        with peak_memory(state.device) as peak:
+            cache = StaticCache(config=config, max_cache_len=tokens + new + 2)
+            token_ms = captured_ms(model, cache, ids, new)
+        row = {"cache": "StaticCache sdpa", "step": "cuda-graph", "ttft_ms": None, "token_ms": token_ms}
+        rows.append(row | {"peak_bytes": peak.num_bytes, "counted_bytes": None})
+        state.say(f"whole model, StaticCache: {token_ms:.2f} ms a token (cuda-graph)")
+
+
+@torch.no_grad()
+def captured_ms(model: Any, cache: Any, ids: torch.Tensor, new: int) -> float:
+    """The median time of a decode step of transformers' static cache in a CUDA graph: the fairest step of its own."""
+    prefill(model, cache, ids, 2048)
+    token, position = ids[:, -1:].clone(), torch.full((1, 1), ids.shape[1], device=ids.device)
+
+    def step() -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).logits
+        position.add_(1)
+        return logits
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    clock, times = Clock(ids.device), []
+    for _ in range(new):
+        clock.start()
+        graph.replay()
+        clock.stop()
+        times.append(clock.milliseconds())
+    return statistics.median(times)
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------------
@@ -261,18 +298,18 @@ def table(state: Session) -> None:
         print(f"{r['plan']:<8} encoding {r['ms']:.3f} ms a layer, {r['of_least_prefill']:.1%} of the least prefill")
     for r in state.results.get("model", []):
         counted = "" if r["counted_bytes"] is None else f", counted {r['counted_bytes'] / 2**20:.0f} MiB"
-        print(f"{r['cache']:<26} {r['token_ms']:.2f} ms a token, peak {r['peak_bytes'] / 2**20:.0f} MiB{counted}")
+        print(f"{r['cache']:<26} {r['token_ms']:.2f} ms a token, peak {r['peak_bytes'] / 2**20:.0f} MiB{counted}, {r['step']}")
     if state.results["left_out"]:
         print("left out for lack of time:", ", ".join(state.results["left_out"]))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--quick", action="store_true", help="correctness only")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes in the interpreter: times mean nothing")
-    args = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes: times mean nothing")
+    args = parser.parse_args(arguments)
     if not args.smoke and not torch.cuda.is_available():
         raise SystemExit("no GPU: --smoke runs tiny shapes in Triton's interpreter")
     torch.manual_seed(0)
@@ -305,7 +342,7 @@ def setting(state: Session) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": "interpreter" if state.smoke else torch.cuda.get_device_name(state.device),
+        "device": torch.cuda.get_device_name(state.device) if state.on_gpu else "interpreter",
         "kernel": dispatch.kernel_name(device=state.device.type),
         "versions": versions | {"kvfold": kvfold.__version__, "cuda": torch.version.cuda},
     }

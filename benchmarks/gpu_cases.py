@@ -1,6 +1,7 @@
 """What benchmarks/gpu.py works on: caches of any size, queries, a clock, and the check against float64."""
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -9,9 +10,12 @@ from typing import Any
 
 import torch
 
+import kvfold
 from kvfold.attention import dispatch
 from kvfold.attention.reference import Query
 from kvfold.blocks import Blocks
+from kvfold.models.adapter import detach
+from kvfold.models.step import describe
 from kvfold.plan import Plan
 from kvfold.site import Site
 
@@ -33,7 +37,8 @@ class Session:
 
     def __init__(self, args: argparse.Namespace):
         self.smoke: bool = args.smoke
-        self.device = torch.device("cpu" if args.smoke else "cuda")
+        self.on_gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda:0" if self.on_gpu else "cpu")
         self.deadline = time.monotonic() + args.seconds
         self.shape = Shape(2, 2, 32) if args.smoke else Shape(8, 4, 128)
         self.results: dict[str, Any] = {"left_out": []}
@@ -79,7 +84,7 @@ def field_bytes(blocks: Blocks) -> int:
 
 def milliseconds(state: Session, calls: list[Callable[[], object]], replays: int = 20) -> dict[str, float]:
     """p20, p50 and p80 of the time of a call, in a CUDA graph of all of them."""
-    if state.smoke:
+    if not state.on_gpu:
         start = time.perf_counter()
         calls[0]()
         spent = 1e3 * (time.perf_counter() - start)
@@ -93,7 +98,7 @@ def milliseconds(state: Session, calls: list[Callable[[], object]], replays: int
             call()
     graph.replay()
     times = []
-    for _ in range(replays):
+    for _ in range(2 if state.smoke else replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
@@ -147,6 +152,7 @@ def correctness(state: Session) -> bool:
                 )
     state.results["correctness"] = rows
     state.results["encoding"] = encoding_errors(state)
+    rows += captured_steps(state)
     wrong = [row for row in rows if not row["right"]]
     state.say(f"correctness: {len(rows) - len(wrong)} of {len(rows)} right, largest error {max(r['error'] for r in rows):.1e}")
     for row in wrong:
@@ -154,10 +160,53 @@ def correctness(state: Session) -> bool:
     return not wrong
 
 
+def captured_steps(state: Session) -> list[dict[str, Any]]:
+    """Logits of tokens whose step is replayed, against those of the same operations one by one, over the end of a block."""
+    if not state.on_gpu:
+        return []
+    model = small_model(state)
+    prompt, steps = (67, 3) if state.smoke else (1000, 80)
+    ids = torch.randint(0, 100, (1, prompt + steps), device=state.device)
+    rows = []
+    for plan, text in PLANS.items():
+        seen, how = {}, ""
+        for graphs in ("", "off"):
+            os.environ["KVFOLD_GRAPH"] = graphs
+            cache = kvfold.cache(model, text)
+            with torch.no_grad():
+                model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
+                each = [model(input_ids=i, past_key_values=cache, use_cache=True).logits for i in ids[:, prompt:].split(1, 1)]
+            seen[graphs] = torch.cat(each, 1).float()
+            if not graphs:
+                how = describe(model)
+        del os.environ["KVFOLD_GRAPH"]
+        error = float((seen[""] - seen["off"]).norm() / seen["off"].norm())
+        rows.append({"plan": plan, "step": how, "error": error, "right": error < 2e-2 and how == "cuda-graph"})
+    detach(model)
+    return rows
+
+
+def small_model(state: Session) -> Any:
+    """Random weights, wide enough for half precision products to be tensor cores'."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = state.shape
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=1 if state.smoke else 4,
+        num_attention_heads=shape.kv_heads * shape.groups,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+    )
+    return LlamaForCausalLM(config).to(state.device, torch.bfloat16).eval()
+
+
 def encoding_errors(state: Session) -> list[dict[str, Any]]:
     """What share of the bytes equals the codec's own."""
     rows = []
-    for plan in ("int8", "int4", "int2", "kivi2"):
+    for plan in PLANS:
         codec = codec_of(plan, state.shape.head_dim)
         k, v = torch.randn(2, 4, codec.block, state.shape.head_dim, device=state.device)
         got, wanted = dispatch.encode(codec, k, v), codec.encode(k, v)

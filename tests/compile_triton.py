@@ -79,11 +79,12 @@ def main() -> None:
     tuning.shared_memory = lambda device: SHARED  # type: ignore[assignment]
     tuning.choose = launch.choose = lambda *args: tuning.default(torch.device("cpu"))  # type: ignore[assignment]
     kernels = {name: getattr(launch, name) for name in ("attend_kernel", "mass_kernel", "merge_kernel")}
-    encode_kernel = encoding.encode_kernel
+    encoders = {name: getattr(encoding, name) for name in ("encode_kernel", "encode_float8_kernel")}
     for plan in sys.argv[3:]:
         for name, kernel in kernels.items():
             setattr(launch, name, Compiled(plan, name, kernel))
-        encoding.encode_kernel = Compiled(plan, "encode_kernel", encode_kernel)
+        for name, kernel in encoders.items():
+            setattr(encoding, name, Compiled(plan, name, kernel))
         codec = Plan.parse(plan).store.codec(Site(HEAD_DIM, torch.bfloat16))
         k, v = torch.zeros(2, 2 * HEADS, codec.block, HEAD_DIM).bfloat16()
         fields = codec.encode(k, v)
@@ -96,8 +97,13 @@ def main() -> None:
                 at = torch.arange(num_queries)
                 launch.attend([look], at, GROUPS, None)
                 launch.mass(look, at, GROUPS, None, torch.zeros(HEADS, GROUPS * num_queries), 2 * codec.block)
-        if family.encodes(codec, HEAD_DIM):
-            family.encode(codec, k, v)
+        whole = family.describe_blocks(codec, fields, table, None, HEAD_DIM)
+        on_device = torch.zeros(HEADS, dtype=torch.int32), torch.zeros(HEADS, dtype=torch.int64)  # of a captured step
+        look = family.Look(whole, torch.zeros(HEADS, GROUPS, HEAD_DIM), None, (), (), on_device)
+        launch.attend([look], torch.arange(1), GROUPS, None)
+        for side, x in ((codec.k, k), (codec.v, v)):
+            if family.encodes(side, codec.block, *x.shape[-2:]):
+                family.encode(side, x)
 
 
 if __name__ == "__main__":

@@ -281,6 +281,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
         "get_device_properties": lambda *_: SimpleNamespace(multi_processor_count=2, shared_memory_per_block_optin=227 * 1024),
         "synchronize": lambda *_: device._waits("synchronize"),
         "is_current_stream_capturing": lambda: device.graph is not None,
+        "device": lambda _: contextlib.nullcontext(),
         "CUDAGraph": Graph,
         "graph": capture,
         "Event": Event,
@@ -297,6 +298,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
             patch.setattr(torch.cuda, name, fake)
         patch.setattr(torch.cuda.nvtx, "range_push", nothing)
         patch.setattr(torch.cuda.nvtx, "range_pop", nothing)
+        torch.utils._device._device_constructors()  # remembers torch.empty as it is
         empty, generator = torch.empty, torch.Generator
         patch.setattr(torch, "Generator", lambda device="cpu": generator("cpu"))
         patch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **given: empty(*sizes, **given))
@@ -335,6 +337,7 @@ def with_kernels(device: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
         (launch, "mass_kernel"),
         (launch, "merge_kernel"),
         (encoding, "encode_kernel"),
+        (encoding, "encode_float8_kernel"),
     ]:
         monkeypatch.setattr(module, name, Launched(getattr(module, name)))
     device.has_kernels = True

@@ -73,7 +73,7 @@ def a_life(model: PreTrainedModel, plan: str, device: str, folder: Path) -> list
     cache.crop(-3)
     cache.batch_select_indices(torch.tensor([1, 0]))
     mask = torch.cat([mask, mask.new_ones(2, cache.get_seq_length() + 1 - mask.shape[1])], 1)[[1, 0]]
-    caches = [cache.copy(), cache]
+    caches = [copy.deepcopy(cache), cache]
     try:
         cache.save(folder / f"{device[:3]}.safetensors")
         caches.append(kvfold.load_cache(folder / f"{device[:3]}.safetensors", model))

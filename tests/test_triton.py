@@ -5,6 +5,7 @@ import itertools
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Literal
 
 import kernel_cases
 import pytest
@@ -18,7 +19,7 @@ from kvfold.plan import Plan
 from kvfold.segment import Run, Segment
 from kvfold.site import Site
 from kvfold.store.affine import Affine
-from kvfold.store.base import KVCodec, TensorCodec, part
+from kvfold.store.base import KVCodec, TensorCodec
 from kvfold.store.fp8 import Float8
 from kvfold.store.rotation import Rotated
 from kvfold.store.table import Table
@@ -207,7 +208,7 @@ def test_what_it_does_not_know_runs_on_the_reference() -> None:
     case = Case(length=64)
     assert dispatch.attend([(blocks_of(both, case), query_of(case))]).out.isfinite().all()
     rotated = KVCodec(Rotated(Affine(4), 256), Rotated(Affine(4), 256))
-    assert not triton.encodes(rotated, 256)  # the rotation and a block exceed the shared memory of a multiprocessor
+    assert not triton.encodes(rotated.k, 64, 64, 256)  # the rotation and a block exceed the shared memory of a multiprocessor
     small = Case(head_dim=8, length=64)
     assert blocks_of(KVCodec(Float8("e4m3", True), Float8("e4m3", True)), small).locate(8) is None
 
@@ -240,18 +241,35 @@ def test_encoding_is_the_codecs_own(codec: Affine) -> None:
     x[0, :, 7] = 0.25
     rotated = codec.group != 32
     side: TensorCodec = Rotated(codec, 64) if rotated else codec
-    both = KVCodec(side, side)
-    assert triton.encodes(both, 64)
-    wanted = both.encode(x, x)
-    got = triton.encode(both, x, x)
+    assert triton.encodes(side, codec.block, codec.block, 64)
+    wanted = side.encode(x)
+    got = triton.encode(side, x)
     assert got.keys() == wanted.keys()
     for name, y in wanted.items():
         assert got[name].shape == y.shape, name
         assert got[name].dtype == y.dtype, name
         same = (got[name] == y).float().mean()
         assert same > (0.99 if rotated or codec.scales == "log8" else 0.9999), f"{name}: {same:.4f} equal"
-    error = (side.decode(part("k", got)) - x).abs().mean()
-    assert error <= 1.01 * (side.decode(part("k", wanted)) - x).abs().mean()
+    error = (side.decode(got) - x).abs().mean()
+    assert error <= 1.01 * (side.decode(wanted) - x).abs().mean()
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_floats_of_8_bits_are_the_codecs_own(format: Literal["e4m3", "e5m2"], scaled: bool, dtype: torch.dtype) -> None:
+    """Numbers of all sizes, ties between two floats among them."""
+    codec = Float8(format, scaled)
+    x = torch.randn(3, 7, 80, generator=torch.Generator().manual_seed(3))
+    x = (x * torch.randn(3, 7, 80, generator=torch.Generator().manual_seed(4)).mul(8).exp2()).to(dtype)
+    x[0] = torch.arange(7 * 80).view(7, 80) * 2.0**-10
+    x[1, 0], x[1, 1] = 0.0, x[1, 1].abs().amax()
+    x = x.to(DEVICE)
+    assert triton.encodes(codec, 64, 7, 80)
+    got, wanted = triton.encode(codec, x), codec.encode(x)
+    assert got.keys() == wanted.keys()
+    for name, y in wanted.items():
+        assert torch.equal(got[name], y), name
 
 
 def test_blocks_are_encoded_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,16 +95,15 @@ def encoder_name(codec: KVCodec, device: str = "cpu") -> str:
 
 
 def encode(codec: KVCodec, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | None = None) -> Fields:
-    """`KVCodec.encode`, compiled where that can be (on a GPU: whole blocks): the same fields, on a CPU bit for bit."""
+    """`KVCodec.encode`, compiled where that can be: the same fields, on a CPU bit for bit."""
     if codec.positional:
         return codec.encode(k, v, positions)
-    on_gpu = kernels.serving(k.device.type) is triton
-    if on_gpu and k.shape[-2] == codec.block and triton.encodes(codec, k.shape[-1]):
-        return triton.encode(codec, k, v)
-    return join("k", _encode(codec.k, k)) | join("v", _encode(codec.v, v))
+    return join("k", _encode(codec.k, codec.block, k)) | join("v", _encode(codec.v, codec.block, v))
 
 
-def _encode(codec: TensorCodec, x: torch.Tensor) -> Fields:
+def _encode(codec: TensorCodec, block: int, x: torch.Tensor) -> Fields:
+    if kernels.serving(x.device.type) is triton and triton.encodes(codec, block, *x.shape[-2:]):
+        return triton.encode(codec, x)
     return cpu_encode.encode(codec, x) if _encodes(codec, x.device.type) and x.numel() else codec.encode(x)
 
 

@@ -31,6 +31,8 @@ VARIABLE = "KVFOLD_GRAPH"
 _TOLERANCE = 1e-2
 """How far a replay may be from the same operations one by one, as a share of the largest logit: they are deterministic, but
 libraries may choose other kernels while a graph is captured."""
+_PAUSE = 64
+"""Tokens without a graph after one that could not be captured."""
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "cache_position", "past_key_values", "use_cache", "return_dict"}
 _KNOWN |= {"logits_to_keep"}  # of one token all are kept
 
@@ -128,11 +130,18 @@ class _Step:
         self._model, self._watch = model, Watch.of(model)
         self._graph: Any = None
         self._mark: Any = None
-        self._refused: tuple[Any, str] | None = None
+        self._retry_at = 0
         self.why: str | None = None
 
     def __call__(self, cache: KVCache, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor | None:
         """The logits `[B, 1, V]` of one more token of each sequence, `ids [B, 1]`; None where it can't be replayed."""
+        with torch.cuda.device(ids.device):
+            return self._step(cache, ids, positions)
+
+    def _step(self, cache: KVCache, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor | None:
+        seen = cache.get_seq_length()
+        if seen < self._retry_at:
+            return None
         tails = []
         for layer in cache.layers:
             tail = layer.static_tail() if isinstance(layer, LayerCache) else "a layer has a sliding window of its own"
@@ -146,16 +155,13 @@ class _Step:
             self.why = "someone listens to a part of the model"
             return None
         mark = [tail.mark for tail in tails], len(ids)
-        if self._refused and self._refused[0] == mark:
-            self.why = self._refused[1]
-            return None
         if self._mark != mark:
             self._graph = None  # its memory is free before the next one is captured
             self._ids = torch.zeros_like(ids)
             self._positions = torch.zeros_like(ids)
         self._ids.copy_(ids)
         if positions is None:
-            self._positions.fill_(cache.get_seq_length())
+            self._positions.fill_(seen)
         else:
             self._positions.copy_(positions.expand_as(ids))
         if self._mark != mark:
@@ -163,8 +169,7 @@ class _Step:
             try:
                 self._capture(cache, tails)
             except RuntimeError as error:
-                self._refused = mark, f"the step can't be captured: {str(error).splitlines()[0]}"
-                self.why = self._refused[1]
+                self.why, self._retry_at = f"the step can't be captured: {str(error).splitlines()[0]}", seen + _PAUSE
                 return None
             self._mark = mark
         else:
@@ -176,11 +181,11 @@ class _Step:
 
     def _capture(self, cache: KVCache, tails: list[StaticTail]) -> None:
         """Makes the graph, and replays it once."""
-        stream = torch.cuda.Stream(self._ids.device)
-        stream.wait_stream(torch.cuda.current_stream(self._ids.device))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), _steps_of(cache):  # one by one: compiles kernels, and says what a replay must come to
             wanted = self._logits_of(cache)
-        torch.cuda.current_stream(self._ids.device).wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(stream)
         for tail in tails:
             tail.count()
         graph = torch.cuda.CUDAGraph()

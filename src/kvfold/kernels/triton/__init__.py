@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ import torch
 
 from kvfold.errors import KvfoldError
 from kvfold.store.affine import Affine
-from kvfold.store.base import Fields, KVCodec, TensorCodec, join, part
+from kvfold.store.base import Fields, KVCodec, TensorCodec, part
 from kvfold.store.dense import DenseCodec
 from kvfold.store.fp8 import Float8
 from kvfold.store.rotation import Rotated
@@ -267,31 +268,29 @@ def _check(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtyp
 # -- encoding ----------------------------------------------------------------------------------------------------------------
 
 
-def encodes(codec: KVCodec, head_dim: int) -> bool:
-    """Whether `encode` can take the place of the codec's own encoding of whole blocks."""
-    too_large = head_dim > _MAX_ROTATED and any(type(side) is Rotated for side in (codec.k, codec.v))
-    return not too_large and all(_encodes(_inner(side), codec.block, head_dim) for side in (codec.k, codec.v))
-
-
-def encode(codec: KVCodec, k: torch.Tensor, v: torch.Tensor) -> Fields:
-    """What `codec.encode` returns for whole blocks, `k, v [..., T, D]`."""
-    from kvfold.kernels.triton.encoding import encode
-
-    fields: Fields = {}
-    for name, codec_of_side, x in (("k", codec.k, k), ("v", codec.v, v)):
-        inner = _inner(codec_of_side)
-        assert isinstance(inner, Affine)
-        side = _side(inner, codec.block, x.shape[-1])
-        rotation = codec_of_side.matrix_on(x.device) if isinstance(codec_of_side, Rotated) else None
-        fields |= join(name, encode(inner, side, rotation, x))
-    return fields
-
-
-def _encodes(codec: TensorCodec, block: int, head_dim: int) -> bool:
-    if not isinstance(codec, Affine) or not _known(codec) or not supports_head_dim(head_dim):
+def encodes(codec: TensorCodec, block: int, num_tokens: int, head_dim: int) -> bool:
+    """Whether `encode` can take the place of the codec's own encoding of so many tokens."""
+    inner = _inner(codec)
+    if not supports_head_dim(head_dim) or not _known(inner):
         return False
-    side = _side(codec, block, head_dim)
-    return not side.padded and side.group & (side.group - 1) == 0
+    if isinstance(inner, Float8):
+        return codec is inner
+    side = _side(inner, block, head_dim)
+    whole = isinstance(inner, Affine) and num_tokens == block and not side.padded and side.group & (side.group - 1) == 0
+    return whole and (codec is inner or head_dim <= _MAX_ROTATED)
+
+
+def encode(codec: TensorCodec, x: torch.Tensor) -> Fields:
+    """What `codec.encode` returns for `x [..., T, D]`."""
+    from kvfold.kernels.triton import encoding
+
+    inner = _inner(codec)
+    with _current(x.device):
+        if isinstance(inner, Float8):
+            return encoding.encode_float8(inner, _EXPONENT_BITS[inner.format], x)
+        assert isinstance(inner, Affine)
+        rotation = codec.matrix_on(x.device) if isinstance(codec, Rotated) else None
+        return encoding.encode(inner, _side(inner, x.shape[-2], x.shape[-1]), rotation, x)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------------
@@ -308,7 +307,8 @@ def attend(
     """
     from kvfold.kernels.triton.launch import attend
 
-    return attend(looks, slots, num_groups, softcap)
+    with _current(slots.device):
+        return attend(looks, slots, num_groups, softcap)
 
 
 def mass(
@@ -317,4 +317,10 @@ def mass(
     """`[R, G, width] float32`: the attention that each place of the segment receives, given `lse [R, M]` of the whole."""
     from kvfold.kernels.triton.launch import mass
 
-    return mass(look, slots, num_groups, softcap, lse, width)
+    with _current(slots.device):
+        return mass(look, slots, num_groups, softcap, lse, width)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whichever its tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

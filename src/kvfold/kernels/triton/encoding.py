@@ -1,4 +1,4 @@
-"""Dense tokens to packed codes in one pass: rotate, find scales and zero points, round, pack. One block a program.
+"""Dense tokens to codes in one pass: rotate, find scales and zero points, round, pack.
 
 The arithmetic is that of kvfold.store.affine and scales, operation by operation; where a GPU's exp2 and log2 differ from the
 CPU's in the last place, a scale of `log8` may be the next one of its grid, and codes follow the scale that is stored.
@@ -14,10 +14,12 @@ from kvfold.kernels.triton.layout import Side
 from kvfold.kernels.triton.tiles import kernel
 from kvfold.store.affine import Affine
 from kvfold.store.base import Fields
+from kvfold.store.fp8 import Float8
 
 ROUND = tl.constexpr(1.001 * 2.0**-11)  # as in kvfold.store.affine
 TINY = tl.constexpr(2.0**-24)
 LARGEST_HALF = tl.constexpr(65504.0)
+_TOKENS_OF_FLOATS = 16  # a program's, of float8
 TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # adding it rounds to the nearest integer, ties to even
 
 
@@ -56,7 +58,7 @@ def encode_kernel(
     ROTATED: tl.constexpr,
     CLIPS: tl.constexpr,
 ):
-    """Block n of `x [N, T, D]` to its codes, scales, zero points and base. Grid: blocks."""
+    """Block n of `x [N, T, D]` to its codes, scales, zero points and base: one block a program. Grid: blocks."""
     block = tl.program_id(0).to(tl.int64)
     token, channel = tl.arange(0, TOKENS), tl.arange(0, HEAD_DIM)
     tile = tl.load(x + block * (TOKENS * HEAD_DIM) + token[:, None] * HEAD_DIM + channel[None, :]).to(tl.float32)
@@ -107,6 +109,67 @@ def encode_kernel(
     first = block * (SIDE.lines * (SIDE.columns // SIDE.runs))
     where = first + line[:, None] * (SIDE.columns // SIDE.runs) + byte[None, :]
     tl.store(codes + where, packed.to(tl.uint8))
+
+
+@kernel
+def encode_float8_kernel(
+    x,
+    codes,
+    scale,
+    num_tokens,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr,
+    EXPONENT_BITS: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """Tokens `x [N, D]` to 8-bit floats and scales. Grid: spans of TOKENS.
+
+    Floats are made of the bits of float32: devices before compute capability 8.9 have no instruction for e4m3.
+    """
+    token, channel = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, BLOCK_D)
+    inside = (token < num_tokens)[:, None] & (channel < HEAD_DIM)[None, :]
+    at = token[:, None] * HEAD_DIM + channel[None, :]
+    tile = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    LARGEST: tl.constexpr = 448.0 if EXPONENT_BITS == 4 else 57344.0
+    if SCALED:
+        step = tl.max(tl.abs(tile), 1)
+        step = tl.div_rn(step, tl.zeros_like(step) + LARGEST) * (1 + 2.0**-10) + 2.0**-25
+        stored = tl.minimum(tl.maximum(step, TINY), LARGEST_HALF).to(tl.float16)
+        tl.store(scale + token, stored, mask=token < num_tokens)
+        tile = tl.div_rn(tile, tl.zeros_like(tile) + stored.to(tl.float32)[:, None])
+    tile = tl.minimum(tl.maximum(tile, -LARGEST), LARGEST)
+    DROPPED: tl.constexpr = 16 + EXPONENT_BITS  # bits of float32's mantissa that go, ties to even
+    BIAS: tl.constexpr = 7 if EXPONENT_BITS == 4 else 15
+    bits = tile.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = (size + ((BIAS - 127) * 8388608 + (1 << (DROPPED - 1)) - 1) + ((size >> DROPPED) & 1)) >> DROPPED
+    # Below the least normal number, floats lie evenly: adding a number whose last place is as wide rounds to them.
+    WIDE: tl.constexpr = 2.0 ** (DROPPED - BIAS + 1)
+    WIDE_BITS: tl.constexpr = (127 + DROPPED - BIAS + 1) * 8388608
+    even = (tl.abs(tile) + WIDE).to(tl.int32, bitcast=True) - WIDE_BITS
+    code = tl.where(size < (128 - BIAS) * 8388608, even, normal) | ((bits >> 24) & 0x80)
+    tl.store(codes + at, code.to(tl.uint8), mask=inside)
+
+
+def encode_float8(codec: Float8, exponent_bits: int, x: torch.Tensor) -> Fields:
+    """`[..., T, D]` to the fields that `codec.encode` returns."""
+    *lead, head_dim = x.shape
+    num_tokens = x.numel() // head_dim
+    fields = {"codes": torch.empty(x.shape, dtype=torch.uint8, device=x.device)}
+    if codec.scaled:
+        fields["scale"] = torch.empty((*lead, 1), dtype=torch.float16, device=x.device)
+    constants: dict[str, Any] = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "TOKENS": _TOKENS_OF_FLOATS,
+        "EXPONENT_BITS": exponent_bits,
+        "SCALED": codec.scaled,
+    }
+    if num_tokens:
+        grid = (-(-num_tokens // _TOKENS_OF_FLOATS),)
+        encode_float8_kernel[grid](x.contiguous(), fields["codes"], fields.get("scale"), num_tokens, **constants)
+    return fields
 
 
 def encode(codec: Affine, side: Side, rotation: torch.Tensor | None, x: torch.Tensor) -> Fields:
