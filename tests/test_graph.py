@@ -174,6 +174,24 @@ def test_what_happens_between_tokens(plan: str, gpu: PretendGPU, monkeypatch: py
     agree(ours, without_graphs(monkeypatch, run))
 
 
+def test_a_cache_that_was_emptied(gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other memory, a graph of its own: the one before wrote to what is gone."""
+    model = small_model()
+
+    def run() -> Stream:
+        stream = Stream(model, "int4", 70).decode(2)
+        for start in (5, 9):
+            stream.cache.reset()
+            stream.at = start
+            stream.logits.append(stream.read(64 + start))
+            stream.decode(2)
+        return stream
+
+    ours = run()
+    assert set(ours.steps) == {"cuda-graph"}
+    agree(ours, without_graphs(monkeypatch, run))
+
+
 def test_caches_take_turns(gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
 

@@ -7,6 +7,7 @@ the host brings segments and numbers up to date, outside of the graph. Memory st
 holds for as long as `mark` does (kvfold.models.graph).
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from kvfold.store.dense import DenseCodec
 SPARE = 16
 """A pool that must grow does so by one block in this many, so that graphs hold for longer."""
 _SPARE_COLUMNS = 8
+_SERIALS = itertools.count()
 
 
 class StaticTail:
@@ -45,6 +47,7 @@ class StaticTail:
         self._starts = torch.zeros(rows, dtype=torch.int32, device=k.device)
         self._table = torch.empty(rows, 0, dtype=torch.long, device=k.device)
         self._looks: list[tuple[triton.Descriptor, tuple[torch.Tensor, torch.Tensor] | None]] = []  # see triton.Look
+        self._serial = next(_SERIALS)  # memory may come back at the address of what is gone
         self.mark: tuple[int, ...] = ()
         self.left = self.taken = 0
 
@@ -157,8 +160,7 @@ class StaticTail:
         room, width = self.room, recent.width
         if recent.room is not room:
             room.k[:, :width], room.v[:, :width] = recent.k, recent.v
-        torch.arange(first, first + self.capacity, device=room.slots.device, out=(row := room.slots.new_empty(self.capacity)))
-        room.slots.copy_(row.expand_as(room.slots))
+        room.slots.copy_(torch.arange(first, first + self.capacity, device=room.slots.device).expand_as(room.slots))
         room.used = width
         run = Run(room.k[:, :width], room.v[:, :width], room.slots[:, :width], whole=True)
         run.room = room
@@ -175,8 +177,8 @@ class StaticTail:
     def _describe(self, sink: Run, body: Blocks) -> None:
         """What the kernels are told, unless all lies where it did."""
         fields = body.pool.fields
-        held = [self.room.k, self._table, *fields.values(), *([sink.k] if sink.width else [])]
-        mark = (sink.width, *(x.data_ptr() for x in held))
+        held = [self._table, *fields.values(), *([sink.k] if sink.width else [])]
+        mark = (self._serial, sink.width, self._table.shape[1], *(x.data_ptr() for x in held))
         if mark == self.mark:
             return
         head_dim = self.room.k.shape[-1]
