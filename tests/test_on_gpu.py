@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import pytest
 import torch
 from oracle import left_pad, sharp_model, tokens
 from pretend_gpu import DEVICE, PretendGPU, pretend_gpu
+from tiny import tiny_model_folder
 from transformers import PreTrainedModel
+from typer.testing import CliRunner
 
 import kvfold
 from kvfold.catalog import STRATEGIES, resolve
+from kvfold.cli.main import app
 from kvfold.errors import PlanError
 from kvfold.lab.generate import generate
 from kvfold.lab.measure import measure
@@ -142,6 +146,29 @@ def test_sampling(gpu: PretendGPU) -> None:
     model = model_on(DEVICE)
     one, two = (generate(model, IDS.to(DEVICE), kvfold.cache(model, "int4"), 5, temperature=0.7, seed=3) for _ in "ab")
     assert torch.equal(one.tokens.cpu(), two.tokens.cpu())
+
+
+def test_the_command_line(gpu: PretendGPU, tmp_path: Path) -> None:
+    folder, runner = tiny_model_folder(tmp_path / "model"), CliRunner()
+    asked = [
+        "generate",
+        "--model",
+        str(folder),
+        "--device",
+        DEVICE,
+        "--plan",
+        "int4",
+        "--prompt",
+        "hello",
+        "--max-new-tokens",
+        "3",
+    ]
+    for weights in ("dense", "int4"):
+        result = runner.invoke(app, [*asked, "--weights", weights])
+        assert result.exit_code == 0, result.output
+        assert "kernel torch-reference | step transformers, without a graph: attention is not Triton's" in result.output
+    assert re.search(r"gpu kernel +torch-reference\n", runner.invoke(app, ["info"]).output)
+    assert "this machine has 1 GPUs" in str(runner.invoke(app, [*asked[:3], "--device", "cuda:3", *asked[5:]]).exception)
 
 
 # -- the device itself -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def info() -> None:
     import kvfold
     from kvfold.attention.dispatch import kernel_name
     from kvfold.files import cache_folder
-    from kvfold.kernels import cpu
+    from kvfold.kernels import cpu, triton
 
     rows = {
         "kvfold": kvfold.__version__,
@@ -36,6 +36,10 @@ def info() -> None:
         "cpu kernels": ", ".join(cpu.available()) or "none: install where there is a C++ compiler, and attention gets faster",
         "cache folder": f"{cache_folder()} ({_size(cache_folder())})",
     }
+    if torch.cuda.is_available():
+        rows["gpu kernel"] = (
+            kernel_name(device="cuda") if triton.available() else "none: pip install 'kvfold[gpu]' brings Triton"
+        )
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
