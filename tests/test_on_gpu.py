@@ -168,7 +168,7 @@ def test_the_command_line(gpu: PretendGPU, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         assert "kernel torch-reference | step transformers, without a graph: attention is not Triton's" in result.output
     assert re.search(r"gpu kernel +torch-reference\n", runner.invoke(app, ["info"]).output)
-    assert "this machine has 1 GPUs" in str(runner.invoke(app, [*asked[:3], "--device", "cuda:3", *asked[5:]]).exception)
+    assert "this machine has 1 GPU" in str(runner.invoke(app, [*asked[:3], "--device", "cuda:3", *asked[5:]]).exception)
 
 
 # -- the device itself -------------------------------------------------------------------------------------------------------

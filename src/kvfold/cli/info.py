@@ -37,9 +37,8 @@ def info() -> None:
         "cache folder": f"{cache_folder()} ({_size(cache_folder())})",
     }
     if torch.cuda.is_available():
-        rows["gpu kernel"] = (
-            kernel_name(device="cuda") if triton.available() else "none: pip install 'kvfold[gpu]' brings Triton"
-        )
+        missing = "" if triton.available() else ": pip install 'kvfold[gpu]' brings Triton's"
+        rows["gpu kernel"] = kernel_name(device="cuda") + missing
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")

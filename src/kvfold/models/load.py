@@ -316,6 +316,6 @@ def _device(device: str) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         why = "this torch is built without it" if torch.version.cuda is None else "torch finds no GPU"
         raise ModelError(f"no CUDA here, {why}: use --device cpu")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"there is no {device}: this machine has {torch.cuda.device_count()} GPUs")
+    if found.type == "cuda" and (found.index or 0) >= (num := torch.cuda.device_count()):
+        raise ModelError(f"there is no {device}: this machine has {num} GPU{'s' if num > 1 else ''}")
     return found
