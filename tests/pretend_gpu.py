@@ -198,10 +198,8 @@ class PretendGPU(TorchDispatchMode):
                 self._copies(f"{func} by an index of the host")
             elsewhere = [x for x in elsewhere if all(x is not index for index in indices)]
         if func is _aten.copy_.default:
-            target = args[0]
-            (self._copies if isinstance(target, OnDevice) else self._waits)(str(func)) if elsewhere else None
-            if elsewhere and elsewhere[0].dim() == 0:
-                return
+            if elsewhere:
+                (self._copies if isinstance(args[0], OnDevice) else self._waits)(str(func))
             return
         if any(x.dim() > 0 for x in elsewhere):
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found cuda:0 and cpu")
