@@ -71,13 +71,13 @@ class Blocks(BlockReader):
             pool.score.view(-1).index_copy_(0, addresses, run.score[:, 0])
 
     def tidy(self) -> None:
-        """Gives back every block that the tokens of a row can do without."""
+        """Gives back every block that the tokens of a row can do without, and its memory."""
         if self.contiguous or self.width == 0:
             return
         for row, (num_tokens, num_blocks) in enumerate(zip(self.lengths, self.pool.num_blocks(), strict=True)):
             if num_blocks > -(-num_tokens // self.pool.block):
                 self._merge(row)
-        self.pool.shrink()
+        self.pool.shrink(idle=0)  # a budget of bytes has no place for them
 
     def crop(self, end: int) -> Run | None:
         """Removes all tokens in slots >= `end`. What is left of a cut block of shared scales comes back, dense."""

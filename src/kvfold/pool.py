@@ -258,9 +258,9 @@ class BlockPool:
 
     # -- memory ----------------------------------------------------------------------------------------------------------
 
-    def shrink(self) -> None:
-        """Moves the used blocks together and gives the rest back, when more than an eighth is free."""
-        if len(self._free) <= max(self._capacity // 8, 0):
+    def shrink(self, idle: int | None = None) -> None:
+        """Moves the used blocks together and gives the rest back, when more than `idle` of them are free (or an eighth)."""
+        if len(self._free) <= (self._capacity // 8 if idle is None else idle):
             return
         used, self.table = self._renumbered()
         width = int((self.table >= 0).sum(1).max()) if self.table.numel() else 0
