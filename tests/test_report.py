@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from kvfold.catalog import STRATEGIES, resolve
+from kvfold.cli.bench import _print_table
 from kvfold.cli.main import main
 from kvfold.errors import FileError
 from kvfold.lab.charts import charts, frontier
@@ -239,3 +240,19 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1
         assert message in lines[0]
+
+
+@pytest.mark.parametrize("width", [80, 92, 100, 130, 200])
+def test_a_terminal_shows_whole_numbers(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Columns are left out rather than cut."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    records = [record(), record("int4", kernel="cpu-avx512_bf16", kl=0.12345, top1=1.0)]
+    _print_table(records)
+    lines = capsys.readouterr().out.splitlines()
+    for made in records:
+        (row,) = (line for line in lines if line.split()[:1] == [made.strategy])
+        texts = {column.text(made) for column in columns(records)}
+        assert set(row.split()) <= {word for text in texts for word in text.split()}
+    assert ("kernel" in lines[2].split()) == (width >= 92)

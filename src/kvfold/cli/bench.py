@@ -14,6 +14,7 @@ from kvfold.lab.run_log import LogKind, open_log
 if TYPE_CHECKING:
     from kvfold.lab.bench import Update
     from kvfold.lab.results import Record
+    from kvfold.lab.table import Column
 
 
 def bench(
@@ -133,8 +134,8 @@ def _print_update(update: "Update") -> None:
         print(f"{update.kind} {update.done:.0f}/{update.total}: {update.text}", flush=True)
 
 
-_LEAST_WIDTH = {"plan": 150, "ROUGE-L": 110, "peak MiB": 110, "tok/s": 95, "TTFT ms": 88}
-"""How wide a terminal must be for columns that records.md and the page hold in any case."""
+_DISPENSABLE = ("plan", "ROUGE-L", "peak MiB", "tok/s", "TTFT ms", "kernel")
+"""Columns that a narrow terminal goes without, in this order; records.md and the page have them in any case."""
 
 
 def _print_table(records: Sequence["Record"]) -> None:
@@ -146,8 +147,7 @@ def _print_table(records: Sequence["Record"]) -> None:
     from kvfold.lab.table import columns, ordered, settings
 
     console = Console()
-    left_out = {title for title, least in _LEAST_WIDTH.items() if console.width < least}
-    chosen = [c for c in columns(records) if c.title not in left_out]
+    chosen = _fitting(columns(records), records, console.width)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in chosen:
         title = column.title.replace(" ", "\n")
@@ -157,3 +157,16 @@ def _print_table(records: Sequence["Record"]) -> None:
     console.print(table)
     for line in settings(records):
         console.print(line, style="dim", highlight=False)
+
+
+def _fitting(chosen: list["Column"], records: Sequence["Record"], width: int) -> list["Column"]:
+    """As many columns as are shown whole: a number that is cut is another number."""
+
+    def needed(column: "Column") -> int:
+        return 3 + max(map(len, [*column.title.split(), *(column.text(record) for record in records)]))
+
+    for title in _DISPENSABLE:
+        if sum(map(needed, chosen)) <= width:
+            break
+        chosen = [column for column in chosen if column.title != title]
+    return chosen
