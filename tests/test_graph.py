@@ -86,6 +86,12 @@ def agree(ours: Stream, theirs: Stream) -> None:
                 assert torch.equal(x.cpu()[..., : y.shape[-1]], y.cpu())
 
 
+def replays_as_one_by_one(run: Callable[[], Stream], monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = run()
+    assert set(ours.steps) == {"cuda-graph"}
+    agree(ours, without_graphs(monkeypatch, run))
+
+
 @pytest.mark.parametrize(
     "plan",
     [
@@ -104,9 +110,7 @@ def agree(ours: Stream, theirs: Stream) -> None:
 def test_tokens_come_as_they_do_one_by_one(plan: str, gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the end of a block, where tokens are encoded or rows get another one."""
     model = small_model()
-    ours = Stream(model, plan, 126).decode(8)
-    assert set(ours.steps) == {"cuda-graph"}
-    agree(ours, without_graphs(monkeypatch, lambda: Stream(model, plan, 126).decode(8)))
+    replays_as_one_by_one(lambda: Stream(model, plan, 126).decode(8), monkeypatch)
 
 
 def test_a_replay_waits_for_nothing_and_copies_nothing(gpu: PretendGPU) -> None:
@@ -145,9 +149,7 @@ def test_a_graph_holds_over_blocks_that_fill(gpu: PretendGPU) -> None:
 
 def test_a_batch(gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = small_model(), tokens(3, 140)
-    ours = Stream(model, "int4", 130, ids).decode(4)
-    assert set(ours.steps) == {"cuda-graph"}
-    agree(ours, without_graphs(monkeypatch, lambda: Stream(model, "int4", 130, ids).decode(4)))
+    replays_as_one_by_one(lambda: Stream(model, "int4", 130, ids).decode(4), monkeypatch)
 
 
 @pytest.mark.parametrize("plan", ["int4", "full"])
@@ -169,9 +171,7 @@ def test_what_happens_between_tokens(plan: str, gpu: PretendGPU, monkeypatch: py
         stream.cache, stream.at = copied, stream.at - 1
         return stream.decode(3)
 
-    ours = run()
-    assert set(ours.steps) == {"cuda-graph"}
-    agree(ours, without_graphs(monkeypatch, run))
+    replays_as_one_by_one(run, monkeypatch)
 
 
 def test_a_cache_that_was_emptied(gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,9 +187,7 @@ def test_a_cache_that_was_emptied(gpu: PretendGPU, monkeypatch: pytest.MonkeyPat
             stream.decode(2)
         return stream
 
-    ours = run()
-    assert set(ours.steps) == {"cuda-graph"}
-    agree(ours, without_graphs(monkeypatch, run))
+    replays_as_one_by_one(run, monkeypatch)
 
 
 def test_caches_take_turns(gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,9 +268,7 @@ def test_other_weights_are_seen(gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch
             model.lm_head.weight = torch.nn.Parameter(torch.randn(100, 64, device=DEVICE))
         return stream.decode(2)
 
-    ours = run()
-    assert set(ours.steps) == {"cuda-graph"}
-    agree(ours, without_graphs(monkeypatch, run))
+    replays_as_one_by_one(run, monkeypatch)
 
 
 def test_a_replay_that_differs_is_not_used(gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
