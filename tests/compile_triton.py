@@ -78,7 +78,7 @@ def main() -> None:
     family.capability = lambda device: CAPABILITY  # type: ignore[assignment]
     tuning.shared_memory = lambda device: SHARED  # type: ignore[assignment]
     tuning.choose = launch.choose = lambda *args: tuning.default(torch.device("cpu"))  # type: ignore[assignment]
-    kernels = {name: getattr(launch, name) for name in ("attend_kernel", "mass_kernel", "merge_kernel")}
+    kernels = {name: getattr(launch, name) for name in ("attend_kernel", "mass_kernel", "merge_kernel", "received_kernel")}
     encoders = {name: getattr(encoding, name) for name in ("encode_kernel", "encode_float8_kernel")}
     for plan in sys.argv[3:]:
         for name, kernel in kernels.items():
@@ -101,6 +101,12 @@ def main() -> None:
         on_device = torch.zeros(HEADS, dtype=torch.int32), torch.zeros(HEADS, dtype=torch.int64)  # of a captured step
         look = family.Look(whole, torch.zeros(HEADS, GROUPS, HEAD_DIM), None, (), (), on_device)
         launch.attend([look], torch.arange(1), GROUPS, None)
+        thinned = family.describe_blocks(codec, fields, table, torch.zeros(2 * HEADS, codec.block, dtype=torch.int32), HEAD_DIM)
+        scores = torch.zeros(HEADS, GROUPS, 2 * codec.block)  # of a step under a keep policy
+        launch.attend(
+            [family.Look(thinned, torch.zeros(HEADS, GROUPS, HEAD_DIM), None, (), (), None, scores)], at[:1], GROUPS, None
+        )
+        launch.received(scores, torch.zeros(HEADS, GROUPS), False)
         for side, x in ((codec.k, k), (codec.v, v)):
             if family.encodes(side, codec.block, *x.shape[-2:]):
                 family.encode(side, x)

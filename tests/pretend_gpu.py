@@ -334,6 +334,7 @@ def with_kernels(device: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
         (launch, "attend_kernel"),
         (launch, "mass_kernel"),
         (launch, "merge_kernel"),
+        (launch, "received_kernel"),
         (encoding, "encode_kernel"),
         (encoding, "encode_float8_kernel"),
     ]:

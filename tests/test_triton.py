@@ -14,6 +14,7 @@ from kernel_cases import OTHERS, blocks_of, query_of
 
 from kvfold.attention import dispatch, reference
 from kvfold.attention.reference import Query
+from kvfold.blocks import Blocks
 from kvfold.kernels import triton
 from kvfold.plan import Plan
 from kvfold.segment import Run, Segment
@@ -136,6 +137,41 @@ def test_several_segments_in_one_call() -> None:
     got = dispatch.attend(parts)
     torch.testing.assert_close(got.out, wanted.out, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(got.lse, wanted.lse, atol=4e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("dense", Case(length=100)),
+        ("int4", Case(length=128, softcap=5.0)),
+        ("fp8", Case(length=130, holes=True)),
+        ("int8(k_axis=token)", Case(80, length=70, holes=True, num_groups=9)),
+        ("nf4", Case(length=200, windowed=True, num_groups=1)),
+    ],
+    ids=str,
+)
+def test_masses_from_the_scores_that_attention_leaves(name: str, case: kernel_cases.Case, largest: bool) -> None:
+    """Of blocks and a run beside each other, in one pass over keys."""
+    blocks = blocks_of(Plan.parse(name).store.codec(Site(case.head_dim, torch.float32)), case)
+    x = torch.randn(2, 2, 37, case.head_dim, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    slots = torch.arange(37).expand(2, -1).clone()
+    slots[1, 20:] = -1
+    run = Run(*x, slots.int().to(DEVICE))
+    query = query_of(case)
+    parts: list[Blocks | Run] = [blocks, run]
+    scores = dispatch.room_for_scores(parts, query)
+    assert scores is not None
+    scores.fill_(torch.nan)
+    rooms = scores.split([part.width for part in parts], -1)
+    looks = [(part, replace(query, scores=room)) for part, room in zip(parts, rooms, strict=True)]
+    result = dispatch.attend(looks)
+    got = dispatch.received(scores, result.lse, largest=largest)
+    each = torch.cat([reference.mass(query, part.codec, part.tiles(), result.lse) for part in parts], -1)
+    wanted = each.amax(1) if largest else each.mean(1)
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=5e-3)
+    absent = torch.cat([blocks.slots(), run.slots], 1) < 0
+    assert (got[absent] == 0).all()
 
 
 def test_what_sees_nothing_is_zero() -> None:

@@ -5,6 +5,7 @@ from functools import cached_property
 
 import torch
 
+from kvfold.attention import dispatch
 from kvfold.attention.reference import Query
 from kvfold.blocks import Blocks
 from kvfold.keep.base import GroupReduce, Measure
@@ -100,8 +101,11 @@ class Candidates:
             seen: `[R, Q]`, how many tokens each query sees, for `hits`.
         """
         num_queries = len(query.slots)
-        if measure == "sum" or num_queries == 1:
-            masses = _join([_reduced(part.mass(query, lse), group) for part in self.parts], lse)
+        if query.scores is not None or measure == "sum" or num_queries == 1:
+            if query.scores is not None:  # of one query, of all places
+                masses = dispatch.received(query.scores, lse, largest=group == "max")
+            else:
+                masses = _join([_reduced(part.mass(query, lse), group) for part in self.parts], lse)
             if measure != "hits":
                 return masses
             assert seen is not None

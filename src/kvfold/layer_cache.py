@@ -84,6 +84,9 @@ class LayerCache(HeldLayer):
             chunk = self._fill_sinks(chunk)
         if self._joins_first:
             chunk, self.recent = self.recent.grown(chunk), self._nothing
+        if self._is_watched and num_queries == 1:
+            held = [part for part in (self.body, self.recent, chunk) if part.width]
+            query = replace(query, scores=dispatch.room_for_scores(held, query))
         result = self._attend_all(query, chunk, ranks)
         lse = result.lse
         if real is not None:  # padding asks nothing: no token gains by its queries
@@ -96,6 +99,12 @@ class LayerCache(HeldLayer):
         out = self.frame.outputs(result.out) if self.frame else result.out
         out = out.view(batch, heads, groups, num_queries, head_dim).flatten(1, 2)
         return out.transpose(1, 2).to(q.dtype)
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether the policy is to know what tokens get from a single query, all of which read all that is held."""
+        everything = self.alone and self.body.pool.in_one_place and not (self.plan.read or self.looks_back)
+        return self.eviction is not None and everything and self.eviction.keep.observed(1) > 0
 
     @property
     def _joins_first(self) -> bool:
@@ -151,12 +160,17 @@ class LayerCache(HeldLayer):
 
     def _attend_all(self, query: Query, chunk: Run, ranks: torch.Tensor | None) -> Partial:
         runs = {name: getattr(self, name) for name in self.runs} | {"chunk": chunk}
-        looks: list[tuple[Segment, Query]] = [
-            (run, self._query_of_sinks(query, ranks) if name == "sink" else query) for name, run in runs.items() if run.width
-        ]
+        asked = dict.fromkeys([*runs, "body"], query)
+        if query.scores is not None:  # the places in a policy's order
+            widths = {"body": self.body.width, "recent": self.recent.width, "chunk": chunk.width}
+            parts = query.scores.split([*widths.values()], -1)
+            asked |= {name: replace(query, scores=part) for name, part in zip(widths, parts, strict=True)}
+        if self.sink.width:
+            asked["sink"] = self._query_of_sinks(query, ranks)
+        looks: list[tuple[Segment, Query]] = [(run, asked[name]) for name, run in runs.items() if run.width]
         partials = []
         for part in self._parts(query, chunk):
-            partials.append(dispatch.attend([*looks, (part, query)]))
+            partials.append(dispatch.attend([*looks, (part, asked["body"])]))
             looks = []
         if looks:
             partials.append(dispatch.attend(looks))
@@ -183,7 +197,7 @@ class LayerCache(HeldLayer):
             gone = (ranks + 1 - self.eviction.allowed(ranks + 1)).clamp_min(0)
             by_query = q.view(len(self.num_real), -1, len(query.slots), q.shape[-1])
             q = self.rope.rotate(by_query, -gone[:, None]).view_as(q)
-        return replace(query, q=q, first_visible=None)
+        return replace(query, q=q, first_visible=None, scores=None)
 
     # -- applying the plan -----------------------------------------------------------------------------------------------
 

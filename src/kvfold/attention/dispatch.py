@@ -7,7 +7,7 @@ error.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -86,6 +86,19 @@ def mass(segment: Attended, query: Query, lse: torch.Tensor) -> torch.Tensor:
     return reference.mass(query, segment.codec, segment.tiles(), lse)
 
 
+def room_for_scores(segments: Sequence[Attended], query: Query) -> torch.Tensor | None:
+    """`[R, M, N] float32` for the scores of all places of `segments`; None where attention to one of them leaves none."""
+    if _family(query) is not triton or not all(segment.locate(query.q.shape[-1]) for segment in segments):
+        return None
+    rows, num_vectors, _ = query.q.shape
+    return query.q.new_empty(rows, num_vectors, sum(segment.width for segment in segments))
+
+
+def received(scores: torch.Tensor, lse: torch.Tensor, *, largest: bool) -> torch.Tensor:
+    """`[R, N] float32`: the mean, or the largest, over queries of what each place received; `lse [R, M]` is of the whole."""
+    return triton.received(scores, lse, largest)
+
+
 def encoder_name(codec: KVCodec, device: str = "cpu") -> str:
     """What quantizes and packs: the compiled kernels where they know both codecs (on a GPU, for head dims that they take)."""
     if kernels.serving(device) is triton:
@@ -117,4 +130,5 @@ def _family(query: Query) -> ModuleType | None:
 
 def _look(family: ModuleType, place: Located, query: Query) -> Any:
     first = None if query.first_visible is None else query.first_visible.contiguous()
-    return family.Look(place.descriptor, query.q.contiguous(), first, place.starts, place.lengths)
+    look = family.Look(place.descriptor, query.q.contiguous(), first, place.starts, place.lengths)
+    return look if query.scores is None else replace(look, scores=query.scores)

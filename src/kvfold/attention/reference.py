@@ -26,6 +26,8 @@ class Query:
         first_visible: `[R, Q] long` or None: tokens in earlier slots are not seen (a strict window).
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
         dtype: the model's own: kernels may round to it what they multiply. The reference never does.
+        scores: `[R, M, N] float32` or None: where a kernel that can (`dispatch.room_for_scores`) leaves the scores of a
+            segment's places, so that what tokens receive need not be computed from keys again.
     """
 
     q: torch.Tensor
@@ -34,6 +36,7 @@ class Query:
     first_visible: torch.Tensor | None = None
     softcap: float | None = None
     dtype: torch.dtype = torch.float32
+    scores: torch.Tensor | None = None
 
     def last(self, num_queries: int) -> "Query":
         """The last `num_queries` queries only."""

@@ -128,6 +128,8 @@ class Look:
         first_visible: `[R, Q] long` or None.
         starts, lengths: for contiguous rows, R each; empty otherwise.
         spans: starts `[R] int32` and lengths `[R]` that only the device knows, in place of those.
+        scores: `[R, M, N] float32` with a last axis that lies together, or None: where the scores of the segment's N places are
+            left, times log2 e, -inf where a query sees nothing.
     """
 
     segment: Descriptor
@@ -136,6 +138,7 @@ class Look:
     starts: Sequence[int]
     lengths: Sequence[int]
     spans: tuple[torch.Tensor, torch.Tensor] | None = None
+    scores: torch.Tensor | None = None
 
 
 def supports(codec: KVCodec) -> bool:
@@ -319,6 +322,19 @@ def mass(
 
     with _current(slots.device):
         return mass(look, slots, num_groups, softcap, lse, width)
+
+
+def received(scores: torch.Tensor, lse: torch.Tensor, largest: bool) -> torch.Tensor:
+    """`[R, N] float32`: the mean, or the largest, over queries of the attention that each place receives.
+
+    Args:
+        scores: `[R, M, N]`, contiguous, as `attend` has left them (`Look.scores`).
+        lse: `[R, M]` of the whole.
+    """
+    from kvfold.kernels.triton.launch import received
+
+    with _current(scores.device):
+        return received(scores, lse, largest)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

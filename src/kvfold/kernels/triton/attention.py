@@ -36,6 +36,7 @@ def attend_kernel(
     v_zero,
     v_base,
     v_levels,
+    kept,
     k_row_stride,
     k_line_stride,
     v_row_stride,
@@ -48,6 +49,9 @@ def attend_kernel(
     num_rows,
     first_split,
     blocks_per_split,
+    kept_row_stride,
+    kept_vector_stride,
+    kept_width,
     softcap,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -60,11 +64,12 @@ def attend_kernel(
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FLIPPED: tl.constexpr,
+    KEEPS: tl.constexpr,
 ):
     """Attention of a tile of a row's queries over one span of its blocks.
 
     Grid: query tiles, rows, splits. Writes `partial_out [S, R, M, D] float32`, normalised, and `partial_lse [S, R, M] float32`,
-    to the base of 2, from split `first_split` on.
+    to the base of 2, from split `first_split` on. With KEEPS the scores as well, times log2 e, to `kept [R, M, width] float32`.
     """
     row = tl.program_id(1)
     split = tl.program_id(2)
@@ -126,6 +131,12 @@ def attend_kernel(
             FLIPPED,
         )
         scores = tl.where(seen & present, scores, -float("inf"))
+        if KEEPS:
+            place = tl.expand_dims(column * TOKENS + token, 1 - OVER_TOKENS)
+            of_vector = row.to(tl.int64) * kept_row_stride + vector.to(tl.int64) * kept_vector_stride
+            of_vector = tl.expand_dims(of_vector, OVER_TOKENS)
+            wanted = tl.expand_dims(vector < num_vectors, OVER_TOKENS) & (place < kept_width)
+            tl.store(kept + of_vector + place, scores, mask=wanted)
         new_top = tl.maximum(top, tl.max(scores, OVER_TOKENS))
         anchor = tl.where(new_top == -float("inf"), 0.0, new_top)
         p = tl.exp2(scores - tl.expand_dims(anchor, OVER_TOKENS))
@@ -291,3 +302,28 @@ def mass_kernel(
             gained += tl.sum(tl.where(counted, p, 0.0), 1 - OVER_TOKENS)
         at = (row * num_groups + group).to(tl.int64) * width + place
         tl.store(received + at, gained, mask=place < width)
+
+
+@kernel
+def received_kernel(scores, lse, received, num_vectors, width, LARGEST: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`received [R, N] float32`: the mean (LARGEST: the largest) over a row's queries of exp(score - lse).
+
+    Grid: tiles of tokens, rows. `scores [R, M, N] float32` are what `attend_kernel` has kept: 4 bytes a query and token are
+    read instead of a key.
+    """
+    row = tl.program_id(1)
+    place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = place < width
+    gained = tl.zeros([BLOCK_N], tl.float32)
+    for vector in range(num_vectors):
+        at = row * num_vectors + vector
+        whole = tl.maximum(tl.load(lse + at) * LOG2_E, -3.0e38)  # a query that saw nothing has -inf, and so has every score
+        score = tl.load(scores + at.to(tl.int64) * width + place, mask=inside, other=-float("inf"))
+        p = tl.exp2(score - whole)
+        if LARGEST:
+            gained = tl.maximum(gained, p)
+        else:
+            gained += p
+    if not LARGEST:
+        gained /= num_vectors
+    tl.store(received + row.to(tl.int64) * width + place, gained, mask=inside)

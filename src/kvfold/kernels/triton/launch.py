@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from kvfold.kernels.triton import Descriptor, Look, tuning
-from kvfold.kernels.triton.attention import attend_kernel, mass_kernel, merge_kernel
+from kvfold.kernels.triton.attention import attend_kernel, mass_kernel, merge_kernel, received_kernel
 from kvfold.kernels.triton.tuning import Config, choose, num_processors
 from kvfold.store.base import TensorCodec, part
 from kvfold.store.rotation import Rotated
@@ -14,6 +14,7 @@ from kvfold.store.rotation import Rotated
 _FEW_QUERIES = 16
 _BLOCK_M = 64
 _BLOCK_S = 16  # splits that the merge takes at once
+_BLOCK_N = 512  # tokens a program that adds up what they received
 
 
 def attend(
@@ -49,6 +50,7 @@ def attend(
             "first_split": first,
             "blocks_per_split": -(-look.segment.num_blocks // splits),
             **_side_arguments("v", look.segment),
+            **_kept(look),
             **constants,
         }
         grid = tiles, num_rows, splits
@@ -109,6 +111,15 @@ def mass(
         num_warps=used.num_warps,
     )
     return received
+
+
+def received(scores: torch.Tensor, lse: torch.Tensor, largest: bool) -> torch.Tensor:
+    """See `kvfold.kernels.triton.received`."""
+    num_rows, num_vectors, width = scores.shape
+    gained = torch.empty(num_rows, width, device=scores.device)
+    grid = -(-width // _BLOCK_N), num_rows
+    received_kernel[grid](scores, lse.contiguous(), gained, num_vectors, width, LARGEST=largest, BLOCK_N=_BLOCK_N)
+    return gained
 
 
 def _turned(codec: TensorCodec) -> bool:
@@ -173,6 +184,17 @@ def _arguments(
         "FLIPPED": block_m <= _FEW_QUERIES,
     }
     return arguments, constants
+
+
+def _kept(look: Look) -> dict[str, Any]:
+    """Where scores are left, if they are."""
+    kept = look.scores
+    if kept is None:
+        return {"kept": None, "kept_row_stride": 0, "kept_vector_stride": 0, "kept_width": 0, "KEEPS": False}
+    if look.spans is not None or len(look.lengths):  # blocks behind the last token are not read
+        kept.fill_(-torch.inf)
+    row, vector, _ = kept.stride()
+    return {"kept": kept, "kept_row_stride": row, "kept_vector_stride": vector, "kept_width": kept.shape[2], "KEEPS": True}
 
 
 def _side_arguments(name: str, segment: Descriptor) -> dict[str, Any]:
