@@ -18,17 +18,19 @@ import importlib.util
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_cases import LEVEL_2_BYTES, PLANS, Session, codec_of, correctness, field_bytes, filled, milliseconds, query
+from gpu_cases import LEVEL_2_BYTES, PLANS, STEPS, Session, codec_of, correctness, field_bytes, filled, milliseconds, query
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvfold
 from kvfold.attention import dispatch
+from kvfold.attention.reference import Query
 from kvfold.blocks import Blocks
 from kvfold.kernels.triton import Look, tuning
 from kvfold.kernels.triton.launch import attend as launch
@@ -166,9 +168,12 @@ def rest(state: Session, roofs: Roofs) -> None:
             many = query(state, shape.kv_heads, shape.groups, shape.head_dim, tokens, chunk)
             lse = dispatch.attend([(blocks, one)]).lse
             mass = milliseconds(state, [lambda b=blocks, q=one, s=lse: dispatch.mass(b, q, s)])["p50"]
+            alone = milliseconds(state, [lambda b=blocks, q=one: dispatch.attend([(b, q)])])["p50"]
+            watched = milliseconds(state, [lambda b=blocks, q=one: attend_and_watch(b, q)])["p50"]
             part = milliseconds(state, [lambda b=blocks, q=many: dispatch.attend([(b, q)])], 5)["p50"]
             flops = 4 * shape.kv_heads * shape.groups * chunk * tokens * shape.head_dim
-            rows.append({"plan": plan, "mass_ms": mass, "chunk_ms": part, "chunk_of_matmul": flops / part * 1e3 / roofs.matmul})
+            row = {"plan": plan, "mass_ms": mass, "alone_ms": alone, "watched_ms": watched, "chunk_ms": part}
+            rows.append(row | {"chunk_of_matmul": flops / part * 1e3 / roofs.matmul})
         state.say("masses and chunks")
     if state.left("encoding", 20):
         rows = state.results["encode"] = []
@@ -183,6 +188,14 @@ def rest(state: Session, roofs: Roofs) -> None:
             prefill_ms = 2 * 8.0e9 * (num * codec.block / shape.kv_heads) / roofs.matmul * 1e3
             rows.append({"plan": plan, "ms": ms, "of_least_prefill": 32 * ms / prefill_ms})
         state.say("encoding")
+
+
+def attend_and_watch(blocks: Blocks, asked: Query) -> torch.Tensor:
+    """Attention, and what each token received of it, from the scores that it leaves."""
+    scores = dispatch.room_for_scores([blocks], asked)
+    assert scores is not None
+    lse = dispatch.attend([(blocks, replace(asked, scores=scores))]).lse
+    return dispatch.received(scores, lse, largest=False)
 
 
 def whole_model(state: Session) -> None:
@@ -223,7 +236,7 @@ def whole_model(state: Session) -> None:
         if importlib.util.find_spec({"quanto": "optimum"}.get(backend, backend)):
             made = plain("sdpa", lambda b=backend: QuantizedCache(b, config, nbits=4))
             makers[f"QuantizedCache {backend} int4"] = made
-    makers |= {plan: (lambda p=plan: kvfold.cache(model, PLANS[p])) for plan in (["int4"] if state.smoke else PLANS)}
+    makers |= {plan: (lambda p=plan: kvfold.cache(model, STEPS[p])) for plan in (["int4"] if state.smoke else STEPS)}
     for name, make in makers.items():
         if not state.left(f"whole model, {name}", 15):
             continue
@@ -291,7 +304,8 @@ def table(state: Session) -> None:
         )
     for r in state.results.get("other", []):
         print(
-            f"{r['plan']:<8} masses {1e3 * r['mass_ms']:.1f} us, "
+            f"{r['plan']:<8} attention {1e3 * r['alone_ms']:.1f} us, and masses by its scores {1e3 * r['watched_ms']:.1f} us, "
+            f"by keys again {1e3 * (r['alone_ms'] + r['mass_ms']):.1f} us; "
             f"chunk {r['chunk_ms']:.2f} ms ({r['chunk_of_matmul']:.0%} of the matmul rate)"
         )
     for r in state.results.get("encode", []):

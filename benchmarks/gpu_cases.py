@@ -5,7 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,13 @@ from kvfold.plan import Plan
 from kvfold.site import Site
 
 PLANS = {"full": "full", "int8": "int8", "int4": "int4", "int2": "int2", "fp8": "fp8", "kivi2": "kivi(int2)"}
+STEPS = PLANS | {
+    "h2o": "h2o(50%)",
+    "h2o+int4": "h2o(50%) | int4",
+    "snapkv+fp8": "snapkv(50%) | fp8",
+    "sink_window": "sink_window(sink=4, window=50%)",
+}
+"""Whose decode steps are captured and checked: under a keep policy one token comes and one goes."""
 LEVEL_2_BYTES = 256 * 2**20  # more than any level-2 cache, so that codes come from memory
 BOUND = 3e-3  # relative error of attention: half precision products, sums in float32
 BOUND_BF16 = 1e-2  # where probabilities meet V in bfloat16
@@ -137,6 +144,10 @@ def correctness(state: Session) -> bool:
                 error = float((got.out - out).norm() / out.norm())
                 lse_error = float((got.lse - lse).abs().max())
                 mass_error = float((mass.sum((1, 2)) / (groups * num_queries) - 1).abs().max())
+                if num_queries == 1 and (scores := dispatch.room_for_scores([blocks], asked)) is not None:
+                    lse = dispatch.attend([(blocks, replace(asked, scores=scores))]).lse
+                    received = dispatch.received(scores, lse, largest=False)
+                    mass_error = max(mass_error, float((received - mass.mean(1)).abs().max() / mass.mean(1).max()))
                 right = error < (BOUND_BF16 if plan == "full" else BOUND) and lse_error < 2e-2 and mass_error < 1e-2
                 rows.append(
                     {
@@ -168,7 +179,7 @@ def captured_steps(state: Session) -> list[dict[str, Any]]:
     prompt, steps = (67, 3) if state.smoke else (1000, 80)
     ids = torch.randint(0, 100, (1, prompt + steps), device=state.device)
     rows = []
-    for plan, text in PLANS.items():
+    for plan, text in STEPS.items():
         seen, how = {}, ""
         for graphs in ("", "off"):
             os.environ["KVFOLD_GRAPH"] = graphs
@@ -181,7 +192,9 @@ def captured_steps(state: Session) -> list[dict[str, Any]]:
                 how = describe(model)
         del os.environ["KVFOLD_GRAPH"]
         error = float((seen[""] - seen["off"]).norm() / seen["off"].norm())
-        rows.append({"plan": plan, "step": how, "error": error, "right": error < 2e-2 and how == "cuda-graph"})
+        # A policy may choose otherwise between two tokens that are nearly equal; then logits differ by what one token is worth.
+        bound = 2e-2 if plan in PLANS else 1e-1
+        rows.append({"plan": plan, "step": how, "error": error, "right": error < bound and how == "cuda-graph"})
     detach(model)
     return rows
 

@@ -20,18 +20,21 @@ class Eviction:
     Attributes:
         state: the policy's tensors (`Keep.initial_state`), row by row.
         cost: what tokens take; the layer says it where the budget is one of bytes.
+        rope: the layer's rotation, where the policy needs it.
     """
 
-    def __init__(self, keep: Keep, site: Site, num_sinks: int, pins: Pins, rope: Rope | None):
-        self.keep, self.site, self.num_sinks, self.pins, self.rope = keep, site, num_sinks, pins, rope
+    def __init__(self, keep: Keep, site: Site, num_sinks: int, pins: Pins):
+        self.keep, self.site, self.num_sinks, self.pins = keep, site, num_sinks, pins
         self.num_heads = site.num_kv_heads
         self.state: State = {}
         self.cost: Cost | None = None
+        self.rope = site.model.rope() if (keep.reindex or keep.needs_rope) and site.model else None
 
     def initialize(self, num_rows: int, device: torch.device) -> None:
-        """Makes the state."""
+        """Makes the state, on the device that the layer's tokens are on."""
         made = self.keep.initial_state(num_rows, self.site.num_query_heads // self.num_heads, self.site.head_dim)
         self.state = {name: x.to(device) for name, x in made.items()}
+        self.rope = Rope(self.rope.inv_freq.to(device)) if self.rope else None
 
     def reset(self) -> None:
         self.state, self.cost = {}, None
@@ -169,10 +172,11 @@ class Eviction:
         """What tokens are compared by, pinned ones at the top; anything where there is none."""
         rank = self.rank_beside_recent(held, ctx)
         recent = [min(self.keep.recent.tokens(n), n) for n in ctx.allowed]
-        if any(recent):
-            is_recent = ctx.positions >= self._first_recent(recent, ctx)
-            rank = torch.where(is_recent, rank.clamp_min(_RECENT), rank)
-        return rank
+        return self.with_recent(rank, ctx.positions, self._first_recent(recent, ctx)) if any(recent) else rank
+
+    def with_recent(self, rank: torch.Tensor, positions: torch.Tensor, first: int | torch.Tensor) -> torch.Tensor:
+        """The ranks with those of tokens from position `first` on above all others but pinned ones."""
+        return torch.where(positions >= first, rank.clamp_min(_RECENT), rank)
 
     def rank_beside_recent(self, held: Candidates, ctx: KeepContext) -> torch.Tensor:
         """The same without regard to which tokens are recent."""

@@ -20,6 +20,7 @@ from kvfold.pool import BlockPool
 from kvfold.segment import Run, join
 from kvfold.site import Site
 from kvfold.static_tail import StaticTail
+from kvfold.static_turnover import StaticTurnover
 from kvfold.tail import Tail
 from kvfold.turnover import Turnover
 
@@ -45,15 +46,14 @@ class HeldLayer(CacheLayerMixin):
         self.codec, self.frame = plan.store.codec(site), plan.store.frame(site)
         self._check(plan)
         keep = plan.keep
-        self.rope = site.model.rope() if keep and (keep.reindex or keep.needs_rope) and site.model else None
-        self.eviction = Eviction(keep, site, plan.sink, plan.pins, self.rope) if keep else None
+        self.eviction = Eviction(keep, site, plan.sink, plan.pins) if keep else None
         self.looks_back = False  # while the model reads a chunk again, for a policy that reconstructs
         self.is_croppable = plan.keep is None
         self.num_seen = 0
         self.num_real: list[int] = []  # tokens seen that are not padding, for each sequence
         self._tail: Tail | None = None
         self._turnover: Turnover | None = None
-        self._static: StaticTail | None = None
+        self._static: StaticTail | StaticTurnover | None = None
         self._static_is_open = False
         self.steps_statically = False  # while a step runs that is to be captured
 
@@ -239,25 +239,39 @@ class HeldLayer(CacheLayerMixin):
         return found
 
     @in_normal_mode
-    def static_tail(self) -> StaticTail | str:
+    def static_tail(self) -> StaticTail | StaticTurnover | str:
         """Where the next token of every sequence goes in a step that can be captured; or why that can't be."""
-        static, window = self._static, self.plan.window
-        if static is not None and self._static_is_open and static.left > 0:
-            return static
-        if not self._plain:
+        if self._static is not None and self._static_is_open and self._static.left > 0:
+            return self._static
+        if not self._in_one_place:
             return "its plan does more than to put a token behind the last one"
         if not self._begun:
             return "there is padding, or the sinks are not all there"
         self._close_tail()
+        return self._open_turnover(self.eviction) if self.eviction else self._open_tail()
+
+    def _open_tail(self) -> StaticTail | str:
+        static, window = self._static, self.plan.window
         if why := StaticTail.why_not(self.sink, self._body, self._recent, window):
             return why
-        if static is None or not static.suits(self._recent, window, self._body):
+        if not isinstance(static, StaticTail) or not static.suits(self._recent, window, self._body):
             static = self._static = StaticTail(self._recent, window, self._body)
         self._recent = static.open(self.sink, self._body, self._recent, self.num_seen)
         self._static_is_open = True
         return static
 
-    def took(self, tail: Tail | StaticTail | None = None) -> None:
+    def _open_turnover(self, eviction: Eviction) -> StaticTurnover | str:
+        static, window = self._static, self.plan.window
+        if why := StaticTurnover.why_not(self.sink, self._body, self._recent, window, eviction):
+            return why
+        if not isinstance(static, StaticTurnover) or not static.suits(self._recent, window, self._body):
+            static = self._static = StaticTurnover(self._recent, window, self._body)
+        if not static.open(self.sink, self._body, self._recent, eviction, self.num_seen):
+            return "more than one token has to go"
+        self._recent, self._static_is_open = self._nothing, True
+        return static
+
+    def took(self, tail: Tail | StaticTail | StaticTurnover | None = None) -> None:
         """Counts the token that the compiled step has put into the tail, or the turnover."""
         if tail:
             tail.take()
@@ -268,10 +282,13 @@ class HeldLayer(CacheLayerMixin):
         turnover, self._turnover = self._turnover, None
         if turnover is not None:
             self._recent = turnover.close()
-        tail: Tail | StaticTail | None = self._tail
+        tail: Tail | StaticTail | StaticTurnover | None = self._tail
         self._tail = None
         if self._static_is_open:
             tail, self._static_is_open = self._static, False
+        if isinstance(tail, StaticTurnover):
+            self._recent = tail.close()
+            return
         if tail is None or not tail.taken:
             return
         if tail.in_body:

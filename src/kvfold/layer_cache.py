@@ -193,10 +193,11 @@ class LayerCache(HeldLayer):
         """Sinks are seen by every query; with re-indexed positions, from as near as the cache is long."""
         q = query.q
         if self.eviction and ranks is not None and self.eviction.keep.reindex:
-            assert self.rope is not None
+            rope = self.eviction.rope
+            assert rope is not None
             gone = (ranks + 1 - self.eviction.allowed(ranks + 1)).clamp_min(0)
             by_query = q.view(len(self.num_real), -1, len(query.slots), q.shape[-1])
-            q = self.rope.rotate(by_query, -gone[:, None]).view_as(q)
+            q = rope.rotate(by_query, -gone[:, None]).view_as(q)
         return replace(query, q=q, first_visible=None, scores=None)
 
     # -- applying the plan -----------------------------------------------------------------------------------------------

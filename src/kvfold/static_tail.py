@@ -8,7 +8,7 @@ holds for as long as `mark` does (kvfold.models.graph).
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,11 @@ SPARE = 16
 """A pool that must grow does so by one block in this many, so that graphs hold for longer."""
 _SPARE_COLUMNS = 8
 _SERIALS = itertools.count()
+
+
+def next_serial() -> int:
+    """A number that no other memory for captured steps has: an address may come back."""
+    return next(_SERIALS)
 
 
 class StaticTail:
@@ -47,8 +52,8 @@ class StaticTail:
         self._starts = torch.zeros(rows, dtype=torch.int32, device=k.device)
         self._table = torch.empty(rows, 0, dtype=torch.long, device=k.device)
         self._looks: list[tuple[triton.Descriptor, tuple[torch.Tensor, torch.Tensor] | None]] = []  # see triton.Look
-        self._serial = next(_SERIALS)  # memory may come back at the address of what is gone
-        self.mark: tuple[int, ...] = ()
+        self._serial = next_serial()
+        self.mark: tuple[Any, ...] = ()
         self.left = self.taken = 0
 
     @staticmethod
@@ -106,6 +111,10 @@ class StaticTail:
         """Says that one more token is there."""
         self.left -= 1
         self.taken += 1
+
+    def remember(self) -> Callable[[], None]:
+        """What puts everything back as it is now, after one step: behind the last token nobody looks."""
+        return self.count
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What it holds beside the segments; its room is theirs as well for as long as it is open."""

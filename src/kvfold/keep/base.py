@@ -66,6 +66,12 @@ def merge_spans(spans: list[tuple[int, int]]) -> Pins:
     return tuple(merged)
 
 
+def aligned(slots: torch.Tensor, num_heads: int) -> bool:
+    """Whether all heads of a sequence hold the same tokens at the same places: `slots [R, N]`."""
+    by_head = slots.view(-1, num_heads, slots.shape[1])
+    return torch.equal(by_head, by_head[:, :1].expand_as(by_head))
+
+
 class Tokens(Protocol):
     """The tokens that can go, encoded or not. What is read is folded, not decoded."""
 
@@ -183,6 +189,11 @@ class KeepContext:
         """Whether there are places without a token."""
         return any(n < self.slots.shape[1] for n in self.counts)
 
+    @cached_property
+    def aligned(self) -> bool:
+        """Whether all heads of a sequence hold the same tokens at the same places."""
+        return aligned(self.slots, self.num_heads)
+
     def fade(self, window: int) -> float | torch.Tensor:
         """What is left, after this chunk, of a sum over the last `window` queries: `[R, 1]`, or one number for all."""
         if len(set(self.moment.num_new)) == 1:
@@ -205,6 +216,10 @@ class Keep(ABC):
     number of queries that gave it at least the even share, 1 / (tokens that the query sees)."""
     strict: ClassVar[bool] = False
     """Whether queries of a chunk see no more than they would one by one: the last `budget - sink` tokens, and the sinks."""
+    alike: ClassVar[bool] = False
+    """Whether all heads of a sequence are ranked alike, and so keep the same tokens."""
+    waits: ClassVar[bool] = False
+    """Whether a step reads numbers back from the device, for which it must wait."""
     needs_rope: ClassVar[bool] = False
     """Whether `KeepContext.rope` must be there."""
     reads_vectors: ClassVar[bool] = False

@@ -43,6 +43,7 @@ class Expected(Keep):
     layers: LayerSplit = UNIFORM
     needs_rope: ClassVar[bool] = True
     reads_vectors: ClassVar[bool] = True
+    waits: ClassVar[bool] = True
 
     def check(self) -> None:
         super().check()

@@ -38,6 +38,7 @@ class LagKV(Keep):
     recent: Share = NO_TOKENS
     layers: LayerSplit = UNIFORM
     reads_vectors: ClassVar[bool] = True
+    waits: ClassVar[bool] = True
 
     def check(self) -> None:
         super().check()

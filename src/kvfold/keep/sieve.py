@@ -66,6 +66,6 @@ class Sieve(Keep):
 
     def _way(self, slots: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
         """How far the hand has to walk to a token, around the end, in slots."""
-        end = int(ctx.slots.max()) + 1
+        end = ctx.slots.amax() + 1
         way = slots - ctx.state["hand"][:, None]
         return torch.where(way < 0, way + end, way).float()

@@ -8,6 +8,7 @@ Differs from the paper in that after a prompt's chunk many tokens go at once, ra
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -25,6 +26,7 @@ class Tova(Keep):
     sink: int = 0
     recent: Share = NO_TOKENS
     layers: LayerSplit = UNIFORM
+    alike: ClassVar[bool] = True
 
     def observed(self, num_queries: int) -> int:
         return 1
@@ -34,8 +36,7 @@ class Tova(Keep):
 
     def rank(self, score: torch.Tensor, ctx: KeepContext) -> torch.Tensor:
         rows, width = score.shape
-        slots = ctx.slots.view(-1, ctx.num_heads, width)
-        if torch.equal(slots, slots[:, :1].expand_as(slots)):
+        if ctx.aligned:
             by_head = score.view(-1, ctx.num_heads, width)
             return by_head.mean(1, keepdim=True).expand_as(by_head).reshape(rows, width)
         # Heads keep the same tokens, but need not hold them at the same places: compare by slot.

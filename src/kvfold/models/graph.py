@@ -12,7 +12,7 @@ Where a step can't be captured the model's own forward runs, and `describe` says
 import functools
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,6 +26,7 @@ from kvfold.kv_cache import KVCache
 from kvfold.layer_cache import LayerCache
 from kvfold.models.watch import Watch
 from kvfold.static_tail import StaticTail
+from kvfold.static_turnover import StaticTurnover
 
 VARIABLE = "KVFOLD_GRAPH"
 _TOLERANCE = 1e-2
@@ -142,7 +143,7 @@ class _Step:
         seen = cache.get_seq_length()
         if seen < self._retry_at:
             return None
-        tails = []
+        tails: list[StaticTail | StaticTurnover] = []
         for layer in cache.layers:
             tail = layer.static_tail() if isinstance(layer, LayerCache) else "a layer has a sliding window of its own"
             if isinstance(tail, str):
@@ -179,21 +180,24 @@ class _Step:
         self.why = None
         return self._logits.clone()
 
-    def _capture(self, cache: KVCache, tails: list[StaticTail]) -> None:
+    def _capture(self, cache: KVCache, tails: list[StaticTail | StaticTurnover]) -> None:
         """Makes the graph, and replays it once."""
         stream = torch.cuda.Stream()
+        before = [tail.remember() for tail in tails]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), _steps_of(cache):  # one by one: compiles kernels, and says what a replay must come to
-            wanted = self._logits_of(cache)
-        torch.cuda.current_stream().wait_stream(stream)
-        for tail in tails:
-            tail.count()
+        try:
+            with torch.cuda.stream(stream), _steps_of(cache):  # one by one: compiles kernels; a replay must come to the same
+                wanted = self._logits_of(cache)
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+            _put_back(before)
         graph = torch.cuda.CUDAGraph()
         with _steps_of(cache), torch.cuda.graph(graph):
             self._logits = self._logits_of(cache)
         graph.replay()
         error, largest = (self._logits - wanted).abs().max(), wanted.abs().max()
         if not bool(error <= _TOLERANCE * largest):
+            _put_back(before)
             raise RuntimeError(f"a replay differs from its operations one by one by {float(error):.2g}")
         self._graph = graph
 
@@ -203,6 +207,11 @@ class _Step:
         )
         logits: torch.Tensor = output.logits
         return logits
+
+
+def _put_back(before: list[Callable[[], None]]) -> None:
+    for put in before:
+        put()
 
 
 @contextmanager

@@ -191,7 +191,8 @@ def _kept(look: Look) -> dict[str, Any]:
     kept = look.scores
     if kept is None:
         return {"kept": None, "kept_row_stride": 0, "kept_vector_stride": 0, "kept_width": 0, "KEEPS": False}
-    if look.spans is not None or len(look.lengths):  # blocks behind the last token are not read
+    before_last = (look.segment.num_blocks - 1) * look.segment.tokens
+    if look.spans is not None or any(length <= before_last for length in look.lengths):  # not all blocks are read
         kept.fill_(-torch.inf)
     row, vector, _ = kept.stride()
     return {"kept": kept, "kept_row_stride": row, "kept_vector_stride": vector, "kept_width": kept.shape[2], "KEEPS": True}

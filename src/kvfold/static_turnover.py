@@ -1,0 +1,400 @@
+"""The end of a layer's cache under a keep policy on a GPU: one token comes and one goes, always by the same operations.
+
+What `kvfold.static_tail` is without a policy, and `kvfold.turnover` on a CPU. How many tokens may stay, and so whether one
+goes, is known beforehand: the numbers of the next steps are written to the device together, and a step takes its own by a
+counter. Which token goes is found on the device and never asked for. What `kvfold.layer_cache` does for such a token is the
+reference.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NoReturn
+
+import torch
+
+from kvfold import kernels
+from kvfold.attention import dispatch
+from kvfold.blocks import Blocks
+from kvfold.candidates import Candidates, empty_chunk
+from kvfold.eviction import Eviction
+from kvfold.keep.base import Keep, KeepContext, aligned
+from kvfold.kernels import triton
+from kvfold.segment import Run
+from kvfold.static_tail import next_serial
+
+STEPS = 256
+"""Steps whose numbers are written to the device at once, at the most."""
+_NUMBERS = 6
+_NO_SLOT = torch.iinfo(torch.int32).max
+
+
+class StaticTurnover(Candidates):
+    """Blocks, and a run in which tokens come: the places of both, in this order, are what the policy chooses among.
+
+    Where the codec takes tokens one by one (`in_body`) the run has one place, and a token goes on into the blocks once it has
+    been attended to. Elsewhere it stays in the run, behind the recent ones, until the layer encodes a block.
+
+    Attributes:
+        left: steps that are prepared.
+        taken: tokens that have come since it was opened.
+        mark: changes when a captured step no longer serves.
+    """
+
+    def __init__(self, recent: Run, window: int, body: Blocks):
+        super().__init__(body, recent, empty_chunk(recent))
+        rows, _, head_dim = recent.k.shape
+        self.in_body = body.unit == "token"
+        self.capacity = 1 if self.in_body else window + body.pool.block
+        k, v = (x.new_zeros(rows, self.capacity, head_dim) for x in (recent.k, recent.v))
+        self.run = Run(k, v, recent.slots.new_full((rows, self.capacity), -1))
+        self._numbers = torch.zeros(STEPS, _NUMBERS, dtype=torch.long, device=k.device)  # see `_Now`
+        self._step = torch.zeros(1, dtype=torch.long, device=k.device)
+        self._held_score = torch.empty(rows, 0, device=k.device)
+        self._written: Callable[[], None] | None = None
+        self._serial = next_serial()
+        self.mark: tuple[Any, ...] = ()
+        self.left = self.taken = 0
+
+    @staticmethod
+    def why_not(sink: Run, body: Blocks, recent: Run, window: int, eviction: Eviction) -> str | None:
+        """Why tokens can't come to such segments in steps that are all alike, or None where they can."""
+        keep, pool = eviction.keep, body.pool
+        if kernels.serving(recent.k.device.type) is not triton:
+            return "attention is not Triton's"
+        known = triton.supports(body.codec) and triton.supports_dense(recent.k.dtype)
+        if not (known and triton.supports_head_dim(recent.k.shape[-1])):
+            return "the Triton kernels don't read its codec"
+        if keep.waits:
+            return f"{keep.name} reads numbers back from the device"
+        if keep.heads != "uniform":
+            return "heads share a budget"
+        if eviction.cost is not None:
+            return "a budget of bytes has no place for what a captured step holds"
+        counts = {a + b for a, b in zip(body.num_tokens(), recent.num_tokens(), strict=True)}
+        if len(counts) > 1 or not sink.whole:
+            return "its rows hold different numbers of tokens"
+        if pool.shared or not pool.in_one_place:
+            return "its sequences share blocks, or blocks lie elsewhere"
+        if body.unit == "block":
+            return None if recent.width < window + pool.block else "a block is to be encoded"
+        if window:
+            return "each token pushes another one out of its dense window"
+        return None if body.width and pool.full and not recent.width else "nothing is encoded yet"
+
+    def suits(self, recent: Run, window: int, body: Blocks) -> bool:
+        """Whether its memory serves such segments."""
+        capacity = 1 if body.unit == "token" else window + body.pool.block
+        k = self.run.k
+        return (len(k), self.capacity, k.device, k.dtype) == (len(recent.k), capacity, recent.k.device, recent.k.dtype)
+
+    def open(self, sink: Run, body: Blocks, recent: Run, eviction: Eviction, num_seen: int) -> bool:
+        """Makes ready for the tokens after these, of which `why_not` says nothing; False where the next one can't come so.
+
+        It is then the only one that holds what is recent, and the scores.
+        """
+        count = body.num_tokens()[0] + recent.num_tokens()[0]
+        if self.in_body and body.width == count < eviction.allowed_after(num_seen + 1) - sink.width:
+            body.pool.extend([n + 1 for n in body.pool.num_blocks()])
+        steps = self._plan(body, recent.width, eviction, sink.width, count, num_seen)
+        if not steps:
+            return False
+        self.left, self.taken = len(steps), 0
+        self._numbers[: len(steps)].copy_(torch.tensor(steps))
+        self._step.zero_()
+        width = recent.width
+        self.run.k[:, :width], self.run.v[:, :width] = recent.k, recent.v
+        self.run.slots.fill_(-1)[:, :width] = recent.slots
+        super().__init__(body, self.run, empty_chunk(self.run))
+        self.eviction, self.sink, self.state = eviction, sink, eviction.state
+        keep = eviction.keep
+        if keep.scored:
+            self._hold_scores(recent)
+        self._aligned = keep.alike and aligned(self.places(), eviction.num_heads)
+        self._describe()
+        return True
+
+    def _plan(
+        self, body: Blocks, place: int, eviction: Eviction, num_sinks: int, count: int, num_seen: int
+    ) -> list[tuple[int, ...]]:
+        """The numbers of as many steps as are alike (see `_Now`)."""
+        keep = eviction.keep
+        steps: list[tuple[int, ...]] = []
+        for slot in range(num_seen, num_seen + STEPS):
+            allowed = eviction.allowed_after(slot + 1) - num_sinks
+            if count > allowed or (not self.in_body and place == self.capacity):
+                break
+            goes = count == allowed
+            if self.in_body and not goes and count == body.width:
+                break
+            first_recent = slot + 1 - min(keep.recent.tokens(allowed), allowed)
+            gone = max(0, slot + 1 - (allowed + num_sinks))
+            seen = num_sinks + count + (0 if goes and keep.strict else 1)
+            steps.append((place, slot, goes, first_recent, gone, seen))
+            count += not goes
+            place += not self.in_body
+        return steps
+
+    def take(self) -> None:
+        """Says that one more token has come."""
+        self.left -= 1
+        self.taken += 1
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What it holds beside the segments."""
+        run = {"k": self.run.k, "v": self.run.v, "slots": self.run.slots}
+        yield from (run | {"numbers": self._numbers, "step": self._step, "score": self._held_score}).items()
+
+    def close(self) -> Run:
+        """Writes back what has changed, and returns what is recent."""
+        body, run, width = self.body, self.run, self.body.width
+        scored = self.eviction.keep.scored
+        if scored:
+            body.pool.give_scores()
+        if width:
+            body.lengths = (body.slots() >= 0).sum(1).tolist()
+            if scored:
+                body.set_score(self._held_score[:, :width])
+        score = self._held_score[:, width:].clone() if scored else None
+        return Run(run.k.clone(), run.v.clone(), run.slots.clone(), score).where(run.slots >= 0)
+
+    # -- the step --------------------------------------------------------------------------------------------------------
+
+    def attend(self, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor, softcap: float | None) -> torch.Tensor:
+        """Takes a token, attends to all, and lets one go: nothing waits for the device, and nothing comes from the host.
+
+        Args:
+            k, v: `[R, 1, D]`, in the model's type.
+            q: `[R, G, D] float32`, scaled.
+
+        Returns:
+            `[R, G, D] float32`.
+        """
+        now = _Now(*self._numbers.index_select(0, self._step)[0].split(1))
+        keep, run, rows = self.eviction.keep, self.run, len(q)
+        goes = now.goes.bool()
+        if keep.strict:  # the query is not to see what goes
+            places = self.places()
+            self._vacate(places.masked_fill(places < 0, _NO_SLOT).argmin(1), goes)
+        run.k.index_copy_(1, now.place, k)
+        run.v.index_copy_(1, now.place, v)
+        run.slots.index_copy_(1, now.place, now.slot.int().expand(rows, 1))
+        self._slots, self._step_score = self.places(), self._held_score
+        if keep.scored:
+            self._step_score.index_copy_(1, self.body.width + now.place, keep.first_score(k))
+        out, mass = self._attend(q.contiguous(), now, softcap)
+        state = dict(self.state)
+        ctx = OnDevice(self, now, state, self.eviction, self._aligned)
+        if type(keep).learn is not Keep.learn:
+            keep.learn(q[:, :, None], now.slot.expand(rows, 1), ctx)
+        if mass is not None:
+            if keep.measure == "hits":
+                mass = (mass * now.seen >= 1).float()
+            self.set_score(keep.update(self._step_score, mass, ctx))
+        target = None if keep.strict else self._choose(now, state, ctx)
+        if self.in_body:
+            free = (self._slots[:, : self.body.width] < 0).to(torch.uint8).argmax(1)
+            self._move(k, v, free if target is None else torch.where(goes, target, free))
+        elif target is not None:
+            self._vacate(target, goes)
+        if keep.scored and self._step_score is not self._held_score:
+            self._held_score.copy_(self._step_score)
+        for name, x in self.state.items():
+            if state[name] is not x:
+                x.copy_(state[name])
+        self._step.add_(1)
+        return out
+
+    def _attend(self, q: torch.Tensor, now: "_Now", softcap: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output, `[R, G, D]`, and what each place received, `[R, N]`, where the policy wants to know it."""
+        keep, rope = self.eviction.keep, self.eviction.rope
+        rows, groups, _ = q.shape
+        widths = [part.width for part in self.parts]
+        scores = q.new_empty(rows, groups, sum(widths)) if keep.observed(1) else None
+        rooms = [None] * len(widths) if scores is None else scores.split(widths, -1)
+        looks = [triton.Look(found, q, None, (), (), None, room) for found, room in zip(self._found, rooms, strict=True)]
+        if self._found_sink is not None:
+            turned = q
+            if keep.reindex:
+                assert rope is not None
+                turned = rope.rotate(q, -now.gone).contiguous()
+            looks.append(triton.Look(self._found_sink, turned, None, (), ()))
+        out, lse = triton.attend(looks, now.slot, groups, softcap)
+        return out, None if scores is None else triton.received(scores, lse, keep.group == "max")
+
+    def _choose(self, now: "_Now", state: dict[str, torch.Tensor], ctx: KeepContext) -> torch.Tensor:
+        """`[R] long`: the place of the token that goes, if one does; the policy is told, if one does."""
+        eviction, score, before = self.eviction, self._step_score, dict(state)
+        rank = eviction.rank_beside_recent(self, ctx)
+        if eviction.keep.recent.value:
+            rank = eviction.with_recent(rank, ctx.positions, now.first_recent)
+        victim = eviction.victim(self, rank, ctx)
+        goes = now.goes.bool()
+        if self._step_score is not score:
+            self._step_score = torch.where(goes, self._step_score, score)
+        for name, x in before.items():
+            if state[name] is not x:
+                state[name] = torch.where(goes, state[name], x)
+        return victim
+
+    def _vacate(self, victim: torch.Tensor, goes: torch.Tensor) -> None:
+        """No token is at the place `victim [R] long` of each row any more, where `goes [1] bool`."""
+        width, of_run = self.body.width, self.run.slots
+        in_body = victim < width
+        if width:
+            slots = self.body.pool.slots.view(-1)
+            at = self.body.pool.places(victim.clamp_max(width - 1)[:, None])[:, 0]
+            slots.index_copy_(0, at, slots.index_select(0, at).masked_fill(goes & in_body, -1))
+        place = (victim - width).clamp_min(0)[:, None]
+        of_run.scatter_(1, place, of_run.gather(1, place).masked_fill((goes & ~in_body)[:, None], -1))
+
+    def _move(self, k: torch.Tensor, v: torch.Tensor, target: torch.Tensor) -> None:
+        """The newest token goes from the run to place `target [R] long` of the blocks; where that is its own, it is gone."""
+        body, width = self.body, self.body.width
+        stays, place = target < width, target.clamp_max(width - 1)[:, None]
+        at = body.pool.places(place)[:, 0]
+        new = {name: x[:, 0] for name, x in dispatch.encode(body.codec, k, v).items()} | {"": self.run.slots[:, 0]}
+        held = {name: body.pool.slots.view(-1) if name == "" else body.pool.fields[name].flatten(0, 1) for name in new}
+        old = {name: x.index_select(0, at) for name, x in held.items()}
+
+        def put_back() -> None:
+            for name, x in held.items():
+                x.index_copy_(0, at, old[name])
+
+        self._written = put_back
+        for name, x in held.items():
+            x.index_copy_(0, at, torch.where(stays.view(-1, *[1] * (x.dim() - 1)), new[name], old[name]))
+        self.run.slots.fill_(-1)
+        if self.eviction.keep.scored:
+            score = torch.where(stays[:, None], self._step_score[:, width:], self._step_score.gather(1, place))
+            self._step_score = self._step_score.scatter(1, place, score)
+
+    def remember(self) -> Callable[[], None]:
+        """What puts everything back as it is now, after one step."""
+        changing = [self.body.pool.slots, self.run.slots, self._held_score, self._step, *self.state.values()]
+        before = [x.clone() for x in changing]
+        self._written = None
+
+        def put_back() -> None:
+            if self._written:
+                self._written()
+            for x, old in zip(changing, before, strict=True):
+                x.copy_(old)
+
+        return put_back
+
+    # -- what the policy sees --------------------------------------------------------------------------------------------
+
+    def places(self) -> torch.Tensor:
+        """`[R, N] int32`: the slot at each place, as it is now."""
+        of_run = self.run.slots
+        return torch.cat([self.body.slots(), of_run], 1) if self.body.width else of_run
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """The same, as it was when the newest token had come."""
+        return self._slots
+
+    def score(self) -> torch.Tensor:
+        return self._step_score
+
+    def set_score(self, score: torch.Tensor) -> None:
+        self._step_score = score
+
+    # -- memory ----------------------------------------------------------------------------------------------------------
+
+    def _hold_scores(self, recent: Run) -> None:
+        body, width = self.body, self.body.width
+        num_places = width + self.capacity
+        if self._held_score.shape[1] != num_places:
+            self._held_score = torch.empty(len(recent.slots), num_places, device=recent.slots.device)
+        if width:
+            self._held_score[:, :width] = body.score()
+        assert recent.score is not None
+        self._held_score[:, width : width + recent.width] = recent.score
+        self._held_score[:, width + recent.width :] = 0
+        body.pool.take_scores()
+
+    def _describe(self) -> None:
+        """What the kernels are told, and the mark of it."""
+        head_dim, pool = self.run.k.shape[-1], self.body.pool
+        found = [segment.locate(head_dim) for segment in (*self.parts, self.sink) if segment.width]
+        assert all(found), "why_not has asked for that"
+        descriptors = [place.descriptor for place in found if place]
+        self._found, self._found_sink = descriptors[: len(self.parts)], (descriptors[len(self.parts) :] or [None])[0]
+        held = [self._held_score, self.sink.k, *self.state.values()]
+        self.mark = self._serial, self._aligned, self.sink.width, pool.mark(), *(x.data_ptr() for x in held)
+
+
+@dataclass(frozen=True)
+class _Now:
+    """The numbers of a step, `[1] long` each.
+
+    Attributes:
+        place: of the run, where the token goes.
+        slot: the token's own.
+        goes: 1 where a token has to go.
+        first_recent: the slot from which on tokens are recent, once it has come.
+        gone: tokens between the sinks and the others that are no longer there.
+        seen: tokens that its query sees.
+    """
+
+    place: torch.Tensor
+    slot: torch.Tensor
+    goes: torch.Tensor
+    first_recent: torch.Tensor
+    gone: torch.Tensor
+    seen: torch.Tensor
+
+
+def _refuse(*_: Any) -> NoReturn:
+    raise RuntimeError("the policy asks for numbers that only the device knows")
+
+
+class _Unknown:
+    """Numbers that a captured step can't have on the host: whoever asks for one gets a RuntimeError."""
+
+    __getattr__ = __iter__ = __len__ = __getitem__ = _refuse
+
+
+class OnDevice(KeepContext):
+    """What a policy may look at in a step that is captured: the numbers of the moment are on the device."""
+
+    _now: _Now
+    _is_aligned: bool
+
+    def __init__(self, held: StaticTurnover, now: _Now, state: dict[str, torch.Tensor], eviction: Eviction, aligned: bool):
+        unknown: Any = _Unknown()
+        site = eviction.site
+        super().__init__(
+            held, unknown, unknown, unknown, unknown, eviction.num_heads, site.layer, eviction.num_sinks, state, eviction.rope
+        )
+        object.__setattr__(self, "_now", now)
+        object.__setattr__(self, "_is_aligned", aligned)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        return self.slots
+
+    @cached_property
+    def num_real(self) -> torch.Tensor:
+        return (self._now.slot + 1).expand(len(self.slots))
+
+    @cached_property
+    def num_new(self) -> torch.Tensor:
+        return torch.ones_like(self.num_real)
+
+    @cached_property
+    def over(self) -> torch.Tensor:
+        return self._now.goes.bool().expand(len(self.slots))
+
+    @cached_property
+    def empty_places(self) -> bool:
+        return True
+
+    @cached_property
+    def aligned(self) -> bool:
+        return self._is_aligned
+
+    def fade(self, window: int) -> float:
+        return max(0.0, 1 - 1 / window)
