@@ -1,11 +1,12 @@
 """Milliseconds a token of a whole model: kvfold's plans beside transformers' DynamicCache, by form of the weights and context.
 
     python benchmarks/decode.py [--model NAME] [--weights dense int8 native] [--contexts 512 4096 8000]
-                                [--plans full int8 int4] [--threads 2]
+                                [--plans full int8 int4] [--threads 2] [--shape gemma3-270m]
 
 The DynamicCache runs in a model of its own that kvfold has not touched, on the same weights. Each cache is filled by prefilling
 the same tokens; then steps of all caches take turns, so that what else the machine does falls on all of them alike. A number is
-the median over the steps. The last line is JSON.
+the median over the steps. The last line is JSON. With --shape the weights are random, in the shape of a model that is not at
+hand.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import statistics
 import time
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 import kvfold
 from kvfold.attention.dispatch import kernel_name
@@ -23,6 +24,20 @@ from kvfold.models.load import DEFAULT_MODEL
 from kvfold.models.weights import describe
 
 BASELINE = "DynamicCache"
+SHAPES = {
+    # google/gemma-3-270m: every sixth layer attends to everything, the others to their last 512 tokens
+    "gemma3-270m": {
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "sliding_window": 512,
+        "vocab_size": 262144,
+        "max_position_embeddings": 32768,
+    }
+}
 CHUNK = 512
 WARM_UP = 3
 COLUMNS = ("least ms", "p20", "p50", "p80", "prefill/s", "KV MB")
@@ -67,9 +82,15 @@ def measure(models: dict[str, PreTrainedModel], context: int, steps: int) -> lis
     return rows
 
 
+def random_model(shape: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SHAPES[shape])).bfloat16().eval()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="what kvfold.load takes")
+    parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--weights", nargs="+", default=["dense", "int8", "native"])
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096, 8000])
     parser.add_argument("--plans", nargs="+", default=["full", "int8", "int4"])
@@ -81,10 +102,14 @@ def main() -> None:
     print(f"kernel {kernel_name()}, {args.threads} threads, torch {torch.__version__}")
     print(f"{'weights':>8} {'context':>7} {'cache':<14}" + "".join(f"{title:>10}" for title in COLUMNS))
     records = []
-    for weights in args.weights:
-        model, _ = kvfold.load(args.model, weights=weights)
+    for weights in args.weights if not args.shape else ["random"]:
+
+        def make(weights: str = weights) -> PreTrainedModel:
+            return random_model(args.shape) if args.shape else kvfold.load(args.model, weights=weights)[0]
+
+        model = make()
         kvfold.attach(model)
-        models = {BASELINE: kvfold.load(args.model, weights=weights)[0]} if not args.no_baseline else {}
+        models = {BASELINE: make()} if not args.no_baseline else {}
         models |= dict.fromkeys(args.plans, model)
         for context in args.contexts:
             for r in measure(models, context, args.steps):

@@ -13,9 +13,11 @@ from pretend_gpu import DEVICE, Graph, PretendGPU, pretend_gpu, with_kernels
 from transformers import PreTrainedModel
 
 import kvfold
+from kvfold import sliding_layer
 from kvfold.kernels import triton
 from kvfold.layer_cache import LayerCache
 from kvfold.models import graph, step
+from kvfold.sliding_layer import SlidingLayer
 
 pytestmark = [
     pytest.mark.skipif(torch.version.cuda is not None, reason="this torch knows real GPUs"),
@@ -79,6 +81,10 @@ def agree(ours: Stream, theirs: Stream, tolerance: float = 1e-5) -> None:
         assert float((a - b).abs().max()) < tolerance * scale
     layers = zip(ours.cache.layers, theirs.cache.layers, strict=True)
     for mine, other in layers:
+        if isinstance(mine, SlidingLayer):
+            assert mine.cumulative_length == other.cumulative_length
+            torch.testing.assert_close(mine.keys.cpu(), other.keys.cpu(), atol=1e-3, rtol=1e-3)
+            continue
         assert mine.kept_slots() == other.kept_slots()
         assert (mine.num_seen, mine.num_real) == (other.num_seen, other.num_real)
         if isinstance(mine, LayerCache) and other.body.pool.fields:
@@ -264,9 +270,14 @@ def test_why_not(plan: str, more: dict[str, Any], why: str, gpu: PretendGPU) -> 
     assert stream.steps == [f"transformers, without a graph: {why}"]
 
 
-def test_layers_with_windows_of_their_own_are_not_captured(gpu: PretendGPU) -> None:
-    stream = Stream(small_model("gemma2", num_hidden_layers=2), "int4", 100).decode(1)
-    assert stream.steps == ["transformers, without a graph: a layer has a sliding window of its own"]
+@pytest.mark.parametrize("plan", ["int4", "h2o(30) | fp8"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_layers_with_windows_of_their_own(family: str, plan: str, gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows that are full, and one that fills while it grows."""
+    monkeypatch.setattr(sliding_layer, "GROWTH", 8)
+    for window, prompt in ((16, 60), (40, 30)):
+        model = small_model(family, num_hidden_layers=2, sliding_window=window)
+        replays_as_one_by_one(lambda: Stream(model, plan, prompt).decode(12), monkeypatch, 1e-4)  # noqa: B023
 
 
 def test_gradients_and_listeners(gpu: PretendGPU) -> None:

@@ -6,6 +6,7 @@ import torch
 
 if TYPE_CHECKING:
     from kvfold.layer_cache import LayerCache
+    from kvfold.sliding_layer import SlidingLayer
 
 
 class SeenLength(int):
@@ -13,9 +14,9 @@ class SeenLength(int):
 
 
 class Handle:
-    """What `LayerCache.update` returns in place of tensors: new tokens on their way to the attention function."""
+    """What a layer's `update` returns in place of tensors: new tokens on their way to the attention function."""
 
-    def __init__(self, layer: "LayerCache", k: torch.Tensor, v: torch.Tensor):
+    def __init__(self, layer: "LayerCache | SlidingLayer", k: torch.Tensor, v: torch.Tensor):
         self.layer, self.k, self.v = layer, k, v
 
     def __getattr__(self, name: str) -> Any:

@@ -15,12 +15,13 @@ from kvfold.layer_cache import LayerCache
 from kvfold.layers import make_layers
 from kvfold.modes import in_normal_mode
 from kvfold.plan import Plan
+from kvfold.sliding_layer import SlidingLayer
 
 
 class KVCache(Cache):
     """A compressed cache for a model: pass it as `past_key_values`. Made by `kvfold.cache`.
 
-    Layers with a sliding window of their own stay as transformers holds them: they are bounded already.
+    Layers with a sliding window of their own hold what they hold in transformers: they are bounded already.
     """
 
     def __init__(self, plan: Plan, layers: Sequence[LayerCache | DynamicLayer], fingerprint: dict[str, Any], pins: Pins = ()):
@@ -76,6 +77,9 @@ class KVCache(Cache):
             if isinstance(layer, LayerCache):
                 for name, tensor in layer.tensors():
                     yield index, name, tensor
+            elif layer.is_initialized and isinstance(layer, SlidingLayer):
+                for name, tensor in layer.tensors():
+                    yield index, f"sliding.{name}", tensor
             elif layer.is_initialized:
                 kind = "sliding" if isinstance(layer, DynamicSlidingWindowLayer) else "dense"
                 yield index, f"{kind}.k", layer.keys

@@ -2,8 +2,8 @@
 
 transformers calls `cache.update(k, v)` and hands what it returns to an attention function chosen by name. kvfold's
 cache returns a handle, and kvfold's function, registered as 'kvfold', lets the layer attend. Everything else that
-reaches the function (layers with a sliding window, a DynamicCache, no cache at all) is computed as usual on plain
-tensors.
+reaches the function (chunks in layers with a sliding window, a DynamicCache, no cache at all) is computed as usual on
+plain tensors.
 
 `attach` switches a model over, `detach` puts it back. Importing kvfold changes nothing.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
@@ -30,6 +30,7 @@ from kvfold.models import reconstruct, step
 from kvfold.models.layer import ModelLayer, head_dim_of
 from kvfold.plan import Plan
 from kvfold.site import Site
+from kvfold.sliding_layer import SlidingLayer
 
 NAME = "kvfold"
 _PREVIOUS = "_kvfold_previous_attention"
@@ -101,13 +102,13 @@ def cache(model: PreTrainedModel, plan: str | Plan, pin: Iterable[int | range] =
         for index, i in enumerate(served)
     ]
     compressed = iter(make_layers(resolved, sites, pins))
-    layers: list[LayerCache | DynamicSlidingWindowLayer] = []
+    layers: list[LayerCache | SlidingLayer] = []
     for window in windows:
         if window is not None:
-            layers.append(DynamicSlidingWindowLayer(sliding_window=window))
+            layers.append(SlidingLayer(window))
             continue
-        layers.append(next(compressed))
-        _check_codec(layers[-1], str(resolved), model.device)
+        layers.append(layer := next(compressed))
+        _check_codec(layer, str(resolved), model.device)
     return KVCache(resolved, layers, fingerprint(model), pins)
 
 

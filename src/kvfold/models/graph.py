@@ -25,6 +25,7 @@ from kvfold.errors import KvfoldError
 from kvfold.kv_cache import KVCache
 from kvfold.layer_cache import LayerCache
 from kvfold.models.watch import Watch
+from kvfold.sliding_layer import Ring, SlidingLayer
 from kvfold.static_tail import StaticTail
 from kvfold.static_turnover import StaticTurnover
 
@@ -143,9 +144,10 @@ class _Step:
         seen = cache.get_seq_length()
         if seen < self._retry_at:
             return None
-        tails: list[StaticTail | StaticTurnover] = []
+        tails: list[StaticTail | StaticTurnover | Ring] = []
         for layer in cache.layers:
-            tail = layer.static_tail() if isinstance(layer, LayerCache) else "a layer has a sliding window of its own"
+            known = isinstance(layer, (LayerCache, SlidingLayer))
+            tail = layer.static_tail() if known else "a layer is not kvfold's"
             if isinstance(tail, str):
                 self.why = tail
                 return None
@@ -180,7 +182,7 @@ class _Step:
         self.why = None
         return self._logits.clone()
 
-    def _capture(self, cache: KVCache, tails: list[StaticTail | StaticTurnover]) -> None:
+    def _capture(self, cache: KVCache, tails: list[StaticTail | StaticTurnover | Ring]) -> None:
         """Makes the graph, and replays it once."""
         stream = torch.cuda.Stream()
         before = [tail.remember() for tail in tails]

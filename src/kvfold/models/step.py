@@ -29,6 +29,7 @@ from kvfold.layer_cache import LayerCache
 from kvfold.models import graph
 from kvfold.models.watch import Watch
 from kvfold.models.weights import PackedLinear
+from kvfold.sliding_layer import SlidingLayer
 
 _LINEARS = (
     ("self_attn", "q_proj"),
@@ -150,7 +151,12 @@ class CompiledLayer:
         assert built is not None
         native = built.native
         layer = cache.layers[built.index] if isinstance(cache, KVCache) else None
-        if mask is None and hidden.shape[1] == 1 and isinstance(layer, LayerCache) and layer.batch_size == hidden.shape[0]:
+        if (
+            mask is None
+            and hidden.shape[1] == 1
+            and isinstance(layer, (LayerCache, SlidingLayer))
+            and layer.batch_size == len(hidden)
+        ):
             tail = layer.tail()
             if tail is not None:
                 out = native.step(tail.native, hidden, positions[0], positions[1], self.scaling, self.softcap)
