@@ -12,6 +12,7 @@ from kvfold.kernels.cpu import step as native
 from kvfold.layer_cache import LayerCache
 from kvfold.models import step
 from kvfold.models.weights import quantize_linears
+from kvfold.segment import ROOM
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="needs the compiled kernels")
 
@@ -80,6 +81,46 @@ def test_padding_beams_and_several_turns_go_the_long_way_and_back() -> None:
         mine = model.generate(ids, attention_mask=mask, past_key_values=kvfold.cache(model, "full"), **wanted, **options)
         theirs = plain.generate(ids, attention_mask=mask, past_key_values=kvfold.cache(plain, "full"), **wanted, **options)
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("plan", ["full", "int8", "protect(sink=3, window=9) | int4", "fp8", "kivi(int2)", "int4(window=5)"])
+def test_padded_batches_are_compiled_as_well(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows begin where their sequences do: each fills its blocks in its own time. A chunk, bytes and a crop come in between."""
+    lengths = (30, 93, 61)
+    ids, mask = left_pad([tokens(1, n + 151, seed=n)[0] for n in lengths])
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    calls: list[str] = []
+    real = native.DecoderLayer.step
+    monkeypatch.setattr(native.DecoderLayer, "step", lambda self, *args: (calls.append("step"), real(self, *args))[1])
+
+    def run(model: PreTrainedModel) -> tuple[torch.Tensor, kvfold.KVCache]:
+        cache, at, outputs = kvfold.cache(model, plan), 0, []
+        for size in [93, *[1] * 70, 5, *[1] * 30, 0, *[1] * 30, -4, *[1] * 20]:
+            if size == 0:
+                assert cache.nbytes > 0
+            elif size < 0:
+                cache.crop(size)
+                at += size
+            else:
+                span = slice(at, at := at + size)
+                given = {"attention_mask": mask[:, :at], "position_ids": positions[:, span], "past_key_values": cache}
+                with torch.no_grad():
+                    outputs.append(model(ids[:, span], **given).logits)
+        return torch.cat(outputs, 1), cache
+
+    mine, cache = run(sharp_model(num_hidden_layers=1))
+    assert len(calls) > 100, "hardly any token was compiled"
+    plain = sharp_model(num_hidden_layers=1)
+    kvfold.attach(plain)
+    step.uninstall(plain)
+    theirs, other = run(plain)
+    seen = torch.cat([mask[:, :228], mask[:, 224:244]], 1).bool()
+    assert (mine - theirs)[seen].norm() <= 2e-3 * theirs[seen].norm()
+    for a, b in zip(cache.layers, other.layers, strict=True):
+        assert a.kept_slots() == b.kept_slots()
+    rows, head_dim = 3 * cache.fingerprint["num_kv_heads"], cache.fingerprint["head_dim"]
+    room = ROOM * rows * (2 * head_dim * 4 + 4)
+    assert other.nbytes <= cache.nbytes <= other.nbytes + room
 
 
 def test_a_tail_is_closed_before_anyone_looks() -> None:

@@ -208,10 +208,14 @@ class HeldLayer(CacheLayerMixin):
 
     @property
     def _begun(self) -> bool:
-        """Whether all sinks are there, and no padding."""
-        if not self.is_initialized or any(n != self.num_seen for n in self.num_real):
+        """Whether all sinks are there."""
+        if not self.is_initialized:
             return False
         return not self.plan.sink or (self.sink.whole and self.sink.width == self.plan.sink)
+
+    @property
+    def _is_padded(self) -> bool:
+        return any(n != self.num_seen for n in self.num_real)
 
     @in_normal_mode
     def tail(self) -> Tail | None:
@@ -221,7 +225,7 @@ class HeldLayer(CacheLayerMixin):
         if not (self._plain and self._begun):
             return None
         self._close_tail()
-        self._tail = Tail.open(self.sink, self._body, self._recent, self.plan.window)
+        self._tail = Tail.open(self.sink, self._body, self._recent, self.plan.window, self.num_seen)
         return self._tail
 
     @in_normal_mode
@@ -229,7 +233,7 @@ class HeldLayer(CacheLayerMixin):
         """The same under a keep policy, where a token may have to go."""
         if self._turnover is not None and self._turnover.has_room(self.num_seen):
             return self._turnover
-        if not (self.eviction and self._in_one_place and self._begun):
+        if not (self.eviction and self._in_one_place and self._begun) or self._is_padded:
             return None
         self._close_tail()
         given = self.sink, self._body, self._recent, self.eviction, self.plan.window, self.num_seen
@@ -246,7 +250,9 @@ class HeldLayer(CacheLayerMixin):
         if not self._in_one_place:
             return "its plan does more than to put a token behind the last one"
         if not self._begun:
-            return "there is padding, or the sinks are not all there"
+            return "the sinks are not all there"
+        if self._is_padded:
+            return "there is padding"
         self._close_tail()
         return self._open_turnover(self.eviction) if self.eviction else self._open_tail()
 
@@ -293,6 +299,8 @@ class HeldLayer(CacheLayerMixin):
             return
         if tail.in_body:
             self._body.lengths = [n + tail.taken for n in self._body.lengths]
+        elif isinstance(tail, Tail):
+            self._recent = tail.close(self._recent)
         else:
             self._recent = self._recent.longer(tail.taken)
 

@@ -151,18 +151,15 @@ class CompiledLayer:
         assert built is not None
         native = built.native
         layer = cache.layers[built.index] if isinstance(cache, KVCache) else None
-        if (
-            mask is None
-            and hidden.shape[1] == 1
-            and isinstance(layer, (LayerCache, SlidingLayer))
-            and layer.batch_size == len(hidden)
-        ):
+        known = isinstance(layer, (LayerCache, SlidingLayer)) and layer.batch_size == len(hidden)
+        if known and hidden.shape[1] == 1 and (mask is None or _newest_are_real(mask)):
+            assert layer is not None
             tail = layer.tail()
             if tail is not None:
                 out = native.step(tail.native, hidden, positions[0], positions[1], self.scaling, self.softcap)
                 layer.took(tail)
                 return out
-            turnover = layer.turnover()
+            turnover = layer.turnover() if mask is None else None
             if turnover is not None:
                 out = turnover.step(native, hidden, positions, self.scaling, self.softcap, layer.num_seen)
                 layer.took()
@@ -303,6 +300,11 @@ class _Probe:
         self.seen.append(q)
         self.scaling, self.softcap = scaling, softcap
         return self.attended.to(q.dtype)
+
+
+def _newest_are_real(mask: torch.Tensor) -> bool:
+    """Whether a padding mask, `[B, seen]`, hides none of the newest tokens."""
+    return mask.dim() == 2 and bool(mask[:, -1].all())
 
 
 def _near(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
