@@ -25,6 +25,7 @@ def _same_every_time() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(1)
+    assert torch.is_grad_enabled(), "a test has left gradients off for all that come after it"
 
 
 @pytest.fixture

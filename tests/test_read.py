@@ -9,11 +9,14 @@ from segment_cases import plain_attention
 
 import kvfold
 from kvfold.attention.reference import Query
+from kvfold.held_layer import HeldLayer
+from kvfold.kernels import cpu
 from kvfold.layer_cache import LayerCache
 from kvfold.plan import Plan
 from kvfold.read.base import best_columns
 from kvfold.read.infllm import InfLLM
 from kvfold.read.quest import Quest, bounds
+from kvfold.reading import Reading
 from kvfold.registry import methods
 
 EXAMPLES: dict[str, list[str]] = {
@@ -58,6 +61,7 @@ def test_reading_all_is_reading_without_a_choice(plan: str) -> None:
 @pytest.mark.parametrize("plan", [p for p in _plans() if "skip=0" in p or "infllm" in p])
 def test_attention_is_over_what_was_chosen_and_nothing_else_is_touched(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not chosen is overwritten with garbage before the step; the step is plain attention over the rest."""
+    monkeypatch.setattr(HeldLayer, "turnover", lambda self, padding: None)
     model = sharp_model(num_hidden_layers=1)
     cache = kvfold.cache(model, plan)
     ids, mask = left_pad([tokens(1, n, seed=n)[0] for n in (700, 430)])
@@ -68,8 +72,8 @@ def test_attention_is_over_what_was_chosen_and_nothing_else_is_touched(plan: str
     chosen: list[torch.Tensor] = []
     choose = type(read).choose
 
-    def watched(self: Any, q: torch.Tensor, table: torch.Tensor, summary: Any, allowed: torch.Tensor) -> torch.Tensor:
-        columns = choose(self, q, table, summary, allowed)
+    def watched(self: Any, q: torch.Tensor, table: torch.Tensor, summary: Any, *numbers: list[int]) -> torch.Tensor:
+        columns = choose(self, q, table, summary, *numbers)
         assert columns is not None
         chosen.append(columns)
         k, v, slots = layer.body.dense()
@@ -113,6 +117,37 @@ def test_attention_is_over_what_was_chosen_and_nothing_else_is_touched(plan: str
         num_real = layer.num_real[row // 2]
         dense = layer.sink.counts()[row] + layer.recent.counts()[row]
         assert 64 * count <= max(64, read.budget.tokens(num_real) - int(dense) + 1)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="needs the compiled kernels")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("plan", _plans())
+def test_single_tokens_read_what_the_general_path_reads(plan: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled steps: over the end of blocks, after chunks, in rows of unequal length."""
+    lengths = (391, 270) if padded else (391, 391)
+    ids, mask = left_pad([tokens(1, n, seed=n)[0] for n in lengths])
+    sizes = [300, *[1] * 40, 6, *[1] * 45]
+    taken: list[int] = []
+    step = Reading.step
+    monkeypatch.setattr(Reading, "step", lambda self, *given: (taken.append(1), step(self, *given))[1])
+
+    def run() -> tuple[torch.Tensor, kvfold.KVCache]:
+        model = sharp_model(num_hidden_layers=1 + 2 * ("skip=0" not in plan and "quest" in plan))
+        cache = kvfold.cache(model, plan)
+        return chunked(model, cache, ids, mask if padded else None, sizes), cache
+
+    mine, cache = run()
+    whole_blocks = _layers(cache)[-1].body.unit == "block"
+    assert len(taken) > 70 or not whole_blocks
+    monkeypatch.setattr(HeldLayer, "turnover", lambda self, padding: None)
+    theirs, other = run()
+    assert (mine - theirs)[mask.bool()].norm() <= 2e-3 * theirs[mask.bool()].norm()
+    for a, b in zip(_layers(cache), _layers(other), strict=True):
+        assert a.kept_slots() == b.kept_slots()
+        assert torch.equal(a.recent.slots, b.recent.slots)
+        if a.recent.score is not None:
+            torch.testing.assert_close(a.recent.score, b.recent.score, atol=1e-3, rtol=1e-3)
+    assert cache.nbytes == other.nbytes
 
 
 def test_no_key_of_a_page_scores_above_its_bound() -> None:
@@ -174,11 +209,12 @@ def test_infllms_scores_are_means_over_later_queries() -> None:
 
 
 def test_best_columns_by_hand() -> None:
-    present = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
     relevance = torch.tensor([[0.1, 0.9, 0.3, 0.8, 0.0], [0.9, 0.1, 0.2, 5.0, 5.0]])
-    assert best_columns(relevance, present, torch.tensor([3, 2])).tolist() == [[1, 3, 4], [0, 2, -1]]
-    assert best_columns(relevance, present, torch.tensor([0, -3])).tolist() == [[4], [2]]
-    assert best_columns(relevance, present, torch.tensor([5, 9])) is None
+    assert best_columns(relevance, [5, 3], [3, 2]).tolist() == [[1, 3, 4], [0, 2, -1]]
+    assert best_columns(relevance, [5, 3], [0, -3]).tolist() == [[4], [2]]
+    assert best_columns(relevance, [5, 3], [5, 9]) is None
+    assert best_columns(relevance, [4, 4], [2, 2]).tolist() == [[1, 3], [0, 3]]
+    assert best_columns(relevance, [4, 4], [1, 0]).tolist() == [[3], [3]]
 
 
 def test_long_chunks_read_everything() -> None:

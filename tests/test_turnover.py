@@ -57,7 +57,7 @@ def _streamed(model: PreTrainedModel, cache: kvfold.KVCache, ids: torch.Tensor, 
 def _general(plan: str, ids: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, kvfold.KVCache]:
     """The same without turnovers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HeldLayer, "turnover", lambda self: None)
+        patch.setattr(HeldLayer, "turnover", lambda self, padding: None)
         model = sharp_model(num_hidden_layers=1)
         cache = kvfold.cache(model, plan)
         return _streamed(model, cache, ids, sizes), cache
@@ -99,7 +99,7 @@ def test_with_codes(policy: str, store: str, steps: list[int]) -> None:
     mine = _streamed(model, cache, ids, SIZES)
     assert steps[0] > 100, "hardly any token was taken"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HeldLayer, "turnover", lambda self: None)
+        patch.setattr(HeldLayer, "turnover", lambda self, padding: None)
         other = kvfold.cache(model, f"{policy} | {store}")
         theirs = _streamed(model, other, ids, SIZES)
     assert (mine - theirs).norm() <= 2e-3 * theirs.norm()
@@ -143,7 +143,7 @@ def test_budgets_that_layers_share(steps: list[int]) -> None:
     _streamed(model, cache, ids, SIZES)
     assert steps[0] > 150
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HeldLayer, "turnover", lambda self: None)
+        patch.setattr(HeldLayer, "turnover", lambda self, padding: None)
         other = kvfold.cache(model, "window(60%, layers=pyramid)")
         _streamed(model, other, ids, SIZES)
     for a, b in zip(_layers(cache), _layers(other), strict=True):

@@ -17,6 +17,8 @@ from kvfold.handle import Handle, SeenLength
 from kvfold.modes import in_normal_mode
 from kvfold.plan import LayerPlan
 from kvfold.pool import BlockPool
+from kvfold.read.base import Read
+from kvfold.reading import Reading
 from kvfold.segment import Run, join
 from kvfold.site import Site
 from kvfold.static_tail import StaticTail
@@ -52,7 +54,7 @@ class HeldLayer(CacheLayerMixin):
         self.num_seen = 0
         self.num_real: list[int] = []  # tokens seen that are not padding, for each sequence
         self._tail: Tail | None = None
-        self._turnover: Turnover | None = None
+        self._turnover: Turnover | Reading | None = None
         self._static: StaticTail | StaticTurnover | None = None
         self._static_is_open = False
         self.steps_statically = False  # while a step runs that is to be captured
@@ -202,9 +204,13 @@ class HeldLayer(CacheLayerMixin):
 
     @property
     def _in_one_place(self) -> bool:
-        """Whether a token has one place, is read from there, and as it is."""
+        """Whether a token has one place, is always read from there, and as it is."""
+        return self._stays_as_it_is and not self.plan.read
+
+    @property
+    def _stays_as_it_is(self) -> bool:
         held_apart = self.frame or self.codec.positional
-        return self.alone and not (self.plan.read or self.plan.tier or held_apart or self.looks_back)
+        return self.alone and not (self.plan.tier or held_apart or self.looks_back)
 
     @property
     def _begun(self) -> bool:
@@ -229,15 +235,26 @@ class HeldLayer(CacheLayerMixin):
         return self._tail
 
     @in_normal_mode
-    def turnover(self) -> Turnover | None:
-        """The same under a keep policy, where a token may have to go."""
+    def turnover(self, padding: torch.Tensor | None = None) -> Turnover | Reading | None:
+        """The same under a keep policy, where a token may have to go, and under a read stage; what is padding is known here."""
         if self._turnover is not None and self._turnover.has_room(self.num_seen):
             return self._turnover
+        if self.plan.read:
+            return self._open_reading(self.plan.read)
         if not (self.eviction and self._in_one_place and self._begun) or self._is_padded:
             return None
         self._close_tail()
         given = self.sink, self._body, self._recent, self.eviction, self.plan.window, self.num_seen
         self._turnover = found = Turnover.open(*given)
+        if found is not None:
+            self._recent = self._nothing
+        return found
+
+    def _open_reading(self, read: Read) -> Reading | None:
+        if not (self._stays_as_it_is and self._begun):
+            return None
+        self._close_tail()
+        self._turnover = found = Reading.open(self.sink, self._body, self._recent, self.plan.window, self.num_real, read)
         if found is not None:
             self._recent = self._nothing
         return found

@@ -185,8 +185,9 @@ class LayerCache(HeldLayer):
         read, pool = self.plan.read, self.body.pool
         columns = None
         if read and len(query.slots) <= read.queries:
-            dense = self.sink.counts() + self.recent.counts() + chunk.counts()
-            columns = read.choose(query.q, pool.table, pool.summary, read.blocks(self.num_real, dense, pool.block))
+            held = zip(self.sink.num_tokens(), self.recent.num_tokens(), chunk.num_tokens(), strict=True)
+            allowed = read.blocks(self.num_real, [sum(counts) for counts in held], pool.block)
+            columns = read.choose(query.q, pool.table, pool.summary, pool.num_blocks(), allowed)
         yield from [self.body] if columns is None and pool.in_one_place else self.body.parts(columns)
 
     def _query_of_sinks(self, query: Query, ranks: torch.Tensor | None) -> Query:

@@ -127,9 +127,11 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         """As of a `LayerCache`: a ring is no tail."""
 
     @in_normal_mode
-    def turnover(self) -> "Ring | None":
+    def turnover(self, padding: torch.Tensor | None = None) -> "Ring | None":
         """Where the compiled step puts the next token; None where it has to go the long way."""
-        if not (self._takes(1) and kernels.serving(self.device.type) is cpu and cpu.supports_dense(self.dtype)):
+        if padding is not None or not (
+            self._takes(1) and kernels.serving(self.device.type) is cpu and cpu.supports_dense(self.dtype)
+        ):
             return None
         return self._opened(self.cumulative_length)
 

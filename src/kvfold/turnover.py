@@ -79,7 +79,7 @@ class Turnover(Candidates):
         counts = {a + b for a, b in zip(body.num_tokens(), recent.num_tokens(), strict=True)}
         if len(counts) > 1 or not _fits(body, moves, counts.pop(), eviction.allowed_after(num_real + 1) - sink.width):
             return None
-        return Turnover(sink, body, _with_room(recent, room), recent.width, eviction, moves)
+        return Turnover(sink, body, with_room(recent, room), recent.width, eviction, moves)
 
     def has_room(self, num_real: int) -> bool:
         """Whether one more token finds a place, after `num_real` of its sequence, and one at most has to go for it."""
@@ -205,7 +205,7 @@ def _fits(body: Blocks, moves: bool, count: int, allowed: int) -> bool:
     return count <= allowed and (not moves or count < body.width or count == allowed)
 
 
-def _with_room(recent: Run, num_new: int) -> Run:
+def with_room(recent: Run, num_new: int) -> Run:
     """A copy of a run with room for more tokens behind it, which are zero."""
     pad = (0, 0, 0, num_new)
     score = None if recent.score is None else F.pad(recent.score, (0, num_new))

@@ -159,7 +159,7 @@ class CompiledLayer:
                 out = native.step(tail.native, hidden, positions[0], positions[1], self.scaling, self.softcap)
                 layer.took(tail)
                 return out
-            turnover = layer.turnover() if mask is None else None
+            turnover = layer.turnover(mask)
             if turnover is not None:
                 out = turnover.step(native, hidden, positions, self.scaling, self.softcap, layer.num_seen)
                 layer.took()

@@ -6,6 +6,7 @@ the dense recent tokens and the newest block are always read. Long chunks, which
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -51,16 +52,21 @@ class Read(ABC):
         """
         raise NotImplementedError(f"{self.name} keeps no number with a token")
 
-    def choose(self, q: torch.Tensor, table: torch.Tensor, summary: Fields, allowed: torch.Tensor) -> torch.Tensor | None:
+    def choose(
+        self, q: torch.Tensor, table: torch.Tensor, summary: Fields, counts: Sequence[int], allowed: Sequence[int]
+    ) -> torch.Tensor | None:
         """The columns that queries `q [R, M, D]` read of `table [R, C]`: see `best_columns`; None for all of them."""
-        ids = table.clamp_min(0)
-        relevance = self.relevance(q, {name: x[ids] for name, x in summary.items()})
-        return best_columns(relevance, table >= 0, allowed)
+        if all(n <= max(1, most) for n, most in zip(counts, allowed, strict=True)):
+            return None
+        ids = table.clamp_min(0).flatten()
+        gathered = {name: x.index_select(0, ids).view(*table.shape, *x.shape[1:]) for name, x in summary.items()}
+        return best_columns(self.relevance(q, gathered), counts, allowed)
 
-    def blocks(self, num_real: list[int], dense: torch.Tensor, block: int) -> torch.Tensor:
-        """`[R] long`: blocks that rows may read after so many tokens of each sequence, `dense [R]` of which are read anyway."""
-        tokens = torch.tensor([self.budget.tokens(n) for n in num_real], device=dense.device)
-        return (tokens.repeat_interleave(len(dense) // len(num_real)) - dense) // block
+    def blocks(self, num_real: Sequence[int], dense: Sequence[int], block: int) -> list[int]:
+        """Blocks that each row may read after so many tokens of each sequence, `dense` of which are read anyway."""
+        tokens = [self.budget.tokens(n) for n in num_real]
+        rows = len(dense) // len(num_real)
+        return [(tokens[row // rows] - n) // block for row, n in enumerate(dense)]
 
     def check(self) -> None:
         """Raises PlanError when the arguments can't work together."""
@@ -70,24 +76,29 @@ class Read(ABC):
             raise PlanError(f"{self.name}: queries=0 never reads a part; give at least 1")
 
 
-def best_columns(relevance: torch.Tensor, present: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor | None:
+def best_columns(relevance: torch.Tensor, counts: Sequence[int], allowed: Sequence[int]) -> torch.Tensor | None:
     """The blocks to read.
 
     Args:
         relevance: `[R, C]` float.
-        present: `[R, C] bool`, whether the row has such a block; they are left-aligned.
-        allowed: `[R] long`, how many a row may read; one at least is read, the newest.
+        counts: how many blocks each row has; they are left-aligned.
+        allowed: how many a row may read; one at least is read, the newest.
 
     Returns:
         `[R, n] long`, columns in order, -1 after a row's last; None when every row may read all that it has.
     """
-    counts = present.sum(1)
-    allowed = torch.minimum(allowed.clamp_min(1), counts)
-    if bool((allowed == counts).all()):
+    most = [min(max(1, n), count) for n, count in zip(allowed, counts, strict=True)]
+    if most == list(counts):
         return None
-    column = torch.arange(present.shape[1], device=present.device)
-    rank = relevance.masked_fill(~present, -torch.inf).masked_fill(column == counts[:, None] - 1, torch.inf)
-    best = rank.topk(int(allowed.max()), dim=1).indices
-    beyond = torch.arange(best.shape[1], device=best.device) >= allowed[:, None]
-    ordered = best.masked_fill(beyond, present.shape[1]).sort(1).values
-    return ordered.masked_fill(ordered == present.shape[1], -1)
+    if len(set(counts)) == len(set(most)) == 1:
+        (*_, newest), n = range(counts[0]), most[0]
+        best = relevance[:, :newest].topk(n - 1, dim=1).indices
+        return torch.cat([best.sort(1).values, best.new_full((len(best), 1), newest)], 1)
+    num_columns, device = relevance.shape[1], relevance.device
+    there, taken = (torch.tensor(numbers, device=device)[:, None] for numbers in (counts, most))
+    column = torch.arange(num_columns, device=device)
+    rank = relevance.masked_fill(column >= there, -torch.inf).masked_fill(column == there - 1, torch.inf)
+    best = rank.topk(max(most), dim=1).indices
+    beyond = torch.arange(best.shape[1], device=device) >= taken
+    ordered = best.masked_fill(beyond, num_columns).sort(1).values
+    return ordered.masked_fill(ordered == num_columns, -1)

@@ -8,7 +8,7 @@ has all) chooses another, KVFOLD_CPU=off none: attention then runs on the refere
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,22 @@ class Descriptor:
 
     native: Any
     tensors: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sides:
+    """K and V of the blocks of a pool, which must outlive this."""
+
+    k: Any
+    v: Any
+    block: int
+    head_dim: int
+
+    def at(self, table: torch.Tensor, slots: torch.Tensor | None = None) -> Descriptor:
+        """The blocks that `table [R, C] long` names, which is trusted to name none outside of the pool (-1: none)."""
+        rows, columns = table.shape
+        sizes = rows, columns, self.block, self.head_dim, columns * self.block
+        return Descriptor(_native.segment(self.k, self.v, *sizes, table.data_ptr(), address(slots), False), (table,))
 
 
 @dataclass(frozen=True)
@@ -95,18 +111,21 @@ def describe_blocks(
     codec: KVCodec, fields: Fields, table: torch.Tensor, slots: torch.Tensor | None, head_dim: int
 ) -> Descriptor:
     """Blocks of a pool: `table [R, C] long`, `slots [P, T] int32` or None where rows are contiguous."""
-    (num_rows, columns), block = table.shape, codec.block
     capacity = next(iter(fields.values())).shape[0]
-    check("table", table, (num_rows, columns), torch.int64)
+    check("table", table, tuple(table.shape), torch.int64)
     if slots is not None:
-        check("slots", slots, (capacity, block), torch.int32)
+        check("slots", slots, (capacity, codec.block), torch.int32)
     if table.numel() and (int(table.max()) >= capacity or int(table.min()) < -1):
         raise ValueError(f"the table names blocks outside of the pool of {capacity}")
-    both = [sides.describe(getattr(codec, name), part(name, fields), capacity, block, head_dim) for name in ("k", "v")]
-    segment = _native.segment(
-        *both, num_rows, columns, block, head_dim, columns * block, table.data_ptr(), address(slots), False
-    )
-    return Descriptor(segment)
+    described = describe_sides(codec, fields, head_dim).at(table, slots)
+    return replace(described, tensors=())  # the table is the pool's, as blocks are
+
+
+def describe_sides(codec: KVCodec, fields: Fields, head_dim: int) -> "Sides":
+    """The blocks of a pool, before it is known which of them a row has."""
+    capacity = next(iter(fields.values())).shape[0]
+    k, v = (sides.describe(getattr(codec, name), part(name, fields), capacity, codec.block, head_dim) for name in ("k", "v"))
+    return Sides(k, v, codec.block, head_dim)
 
 
 def describe_run(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> Descriptor:
