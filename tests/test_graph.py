@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import sharp_model, tokens
+from oracle import left_pad, sharp_model, tokens
 from pretend_gpu import DEVICE, Graph, PretendGPU, pretend_gpu, with_kernels
 from transformers import PreTrainedModel
 
@@ -42,8 +42,11 @@ def small_model(family: str = "llama", **changes: Any) -> PreTrainedModel:
 class Stream:
     """A model, a cache, and where in the text it is."""
 
-    def __init__(self, model: PreTrainedModel, plan: str, prompt: int, ids: torch.Tensor = IDS):
+    def __init__(
+        self, model: PreTrainedModel, plan: str, prompt: int, ids: torch.Tensor = IDS, mask: torch.Tensor | None = None
+    ):
         self.model, self.cache, self.ids, self.at = model, kvfold.cache(model, plan), ids.to(DEVICE), 0
+        self.mask = None if mask is None else mask.to(DEVICE)
         self.steps: list[str] = []
         device = PretendGPU.entered
         assert device is not None
@@ -52,8 +55,12 @@ class Stream:
         device.has_kernels = True
 
     def read(self, num: int, **more: Any) -> torch.Tensor:
-        ids = self.ids[:, self.at : self.at + num]
+        span = slice(self.at, self.at + num)
+        ids = self.ids[:, span]
         self.at += num
+        if self.mask is not None:
+            positions = (self.mask.cumsum(1) - 1).clamp_min(0)
+            more |= {"attention_mask": self.mask[:, : self.at], "position_ids": positions[:, span]}
         with torch.no_grad():
             logits: torch.Tensor = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **more).logits
         return logits[:, -1].cpu()
@@ -181,6 +188,14 @@ def test_a_batch(gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     replays_as_one_by_one(lambda: Stream(model, "int4", 130, ids).decode(4), monkeypatch)
 
 
+@pytest.mark.parametrize("plan", ["int4", "full", "protect(sink=3) | fp8", "kivi(int2, residual=9)"])
+def test_a_padded_batch(plan: str, gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows fill their blocks one after the other."""
+    model = small_model()
+    ids, mask = left_pad([tokens(1, n + 20, seed=n)[0] for n in (140, 61, 126)])
+    replays_as_one_by_one(lambda: Stream(model, plan, 136, ids, mask).decode(8), monkeypatch)
+
+
 @pytest.mark.parametrize("plan", ["int4", "full", "h2o(70) | int4", "sieve(70)"])
 def test_what_happens_between_tokens(plan: str, gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks, bytes asked for, cropping, copies and files leave the next tokens what they are without graphs."""
@@ -261,7 +276,7 @@ def test_beams_and_greedy_search(gpu: PretendGPU, monkeypatch: pytest.MonkeyPatc
         ("protect(window=8) | fp8", {}, "each token pushes another one out of its dense window"),
         ("gear(int4)", {}, "the Triton kernels don't read its codec"),
         ("int4", {"output_hidden_states": True}, "output_hidden_states asked for"),
-        ("int4", {"attention_mask": torch.tensor([[0] + [1] * 100])}, "there is padding"),
+        ("int4", {"attention_mask": torch.tensor([[1] * 100 + [0]])}, "the newest token is padding"),
     ],
 )
 def test_why_not(plan: str, more: dict[str, Any], why: str, gpu: PretendGPU) -> None:
@@ -278,6 +293,12 @@ def test_layers_with_windows_of_their_own(family: str, plan: str, gpu: PretendGP
     for window, prompt in ((16, 60), (40, 30)):
         model = small_model(family, num_hidden_layers=2, sliding_window=window)
         replays_as_one_by_one(lambda: Stream(model, plan, prompt).decode(12), monkeypatch, 1e-4)  # noqa: B023
+
+
+def test_padding_in_windows(gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model("gemma3_text", num_hidden_layers=2, sliding_window=24)
+    ids, mask = left_pad([tokens(1, n + 20, seed=n)[0] for n in (30, 12)])
+    replays_as_one_by_one(lambda: Stream(model, "int4", 26, ids, mask).decode(20), monkeypatch, 1e-4)
 
 
 def test_gradients_and_listeners(gpu: PretendGPU) -> None:

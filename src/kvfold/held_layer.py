@@ -260,7 +260,7 @@ class HeldLayer(CacheLayerMixin):
         return found
 
     @in_normal_mode
-    def static_tail(self) -> StaticTail | StaticTurnover | str:
+    def static_tail(self, padding: torch.Tensor | None = None) -> StaticTail | StaticTurnover | str:
         """Where the next token of every sequence goes in a step that can be captured; or why that can't be."""
         if self._static is not None and self._static_is_open and self._static.left > 0:
             return self._static
@@ -268,14 +268,14 @@ class HeldLayer(CacheLayerMixin):
             return "its plan does more than to put a token behind the last one"
         if not self._begun:
             return "the sinks are not all there"
-        if self._is_padded:
+        if self._is_padded and self.eviction:
             return "there is padding"
         self._close_tail()
         return self._open_turnover(self.eviction) if self.eviction else self._open_tail()
 
     def _open_tail(self) -> StaticTail | str:
         static, window = self._static, self.plan.window
-        if why := StaticTail.why_not(self.sink, self._body, self._recent, window):
+        if why := StaticTail.why_not(self.sink, self._body, self._recent, window, self.num_seen):
             return why
         if not isinstance(static, StaticTail) or not static.suits(self._recent, window, self._body):
             static = self._static = StaticTail(self._recent, window, self._body)
@@ -316,10 +316,8 @@ class HeldLayer(CacheLayerMixin):
             return
         if tail.in_body:
             self._body.lengths = [n + tail.taken for n in self._body.lengths]
-        elif isinstance(tail, Tail):
-            self._recent = tail.close(self._recent)
         else:
-            self._recent = self._recent.longer(tail.taken)
+            self._recent = tail.close(self._recent)
 
     def __getstate__(self) -> dict[str, Any]:
         self._close_tail()

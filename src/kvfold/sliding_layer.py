@@ -112,7 +112,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     ) -> torch.Tensor:
         """Attention of one token over the window, as `kvfold.layer_cache.LayerCache.attend`."""
         batch, num_query_heads, _, head_dim = q.shape
-        ring = self._ring if self.steps_statically else self._opened(self.cumulative_length - 1)
+        ring = self._ring if self.steps_statically else self._opened(self.cumulative_length - 1, padding)
         assert ring is not None
         rows = len(ring.run.k)
         k, v = (x.reshape(rows, 1, head_dim) for x in (handle.k, handle.v))
@@ -129,20 +129,18 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     @in_normal_mode
     def turnover(self, padding: torch.Tensor | None = None) -> "Ring | None":
         """Where the compiled step puts the next token; None where it has to go the long way."""
-        if padding is not None or not (
-            self._takes(1) and kernels.serving(self.device.type) is cpu and cpu.supports_dense(self.dtype)
-        ):
+        if not (self._takes(1) and kernels.serving(self.device.type) is cpu and cpu.supports_dense(self.dtype)):
             return None
-        return self._opened(self.cumulative_length)
+        return self._opened(self.cumulative_length, padding)
 
     @in_normal_mode
-    def static_tail(self) -> "Ring | str":
+    def static_tail(self, padding: torch.Tensor | None = None) -> "Ring | str":
         """Where the next token goes in a step that can be captured; or why that can't be."""
         if not self._takes(1):
             return "a layer with a sliding window records drafts"
         if kernels.serving(self.device.type) is not triton or not triton.supports_dense(self.dtype):
             return "attention is not Triton's"
-        ring = self._opened(self.cumulative_length)
+        ring = self._opened(self.cumulative_length, padding)
         if ring.run.locate(ring.run.k.shape[-1]) is None:
             return "the Triton kernels don't read its windows"
         ring.count()
@@ -158,13 +156,13 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         self._ring.num_seen += 1
         self.cumulative_length += 1
 
-    def _opened(self, num_seen: int) -> "Ring":
-        """The ring, with all tokens before the next and room for that."""
+    def _opened(self, num_seen: int, padding: torch.Tensor | None) -> "Ring":
+        """The ring, with all tokens before the next and room for that; `padding [B, seen]`, 0 for padding, or None."""
         ring = self._ring
         if ring is not None and ring.num_seen == num_seen and ring.takes(num_seen):
             return ring
         keys, values = self.keys, self.values
-        self._ring = Ring(keys, values, num_seen, self.sliding_window)
+        self._ring = Ring(keys, values, num_seen, self.sliding_window, padding)
         self._keys = self._values = keys[:, :, :0]
         return self._ring
 
@@ -179,12 +177,12 @@ class Ring:
     """A window's tokens; the next one goes over the one that has left it.
 
     Attributes:
-        run: `[R, capacity, D]` keys and values; the token of slot s is at place s modulo the capacity.
+        run: `[R, capacity, D]` keys and values; the token of slot s is at place s modulo the capacity. Padding has slot -1.
         num_seen: tokens that have come.
         mark: changes when a captured step no longer serves.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, num_seen: int, window: int):
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, num_seen: int, window: int, padding: torch.Tensor | None):
         self.batch, self.heads, num_held, head_dim = keys.shape
         self.window, self.num_seen = window, num_seen
         self.capacity = min(window, -(-(num_seen + 1) // GROWTH) * GROWTH)
@@ -195,8 +193,11 @@ class Ring:
         k, v = keys.new_zeros(shape), values.new_zeros(shape)
         for x, held in ((k, keys), (v, values)):
             x.index_copy_(1, places, held[:, :, -num_held:].flatten(0, 1))
-        of_places = slots.new_full((self.capacity,), -1).index_copy_(0, places, slots)
-        self.run = Run(k, v, of_places.int().repeat(shape[0], 1))
+        by_row = slots.expand(self.batch, -1)
+        if padding is not None:
+            by_row = by_row.masked_fill(~padding[:, slots].bool(), -1)
+        of_places = slots.new_full((self.batch, self.capacity), -1).index_copy_(1, places, by_row)
+        self.run = Run(k, v, of_places.int().repeat_interleave(self.heads, 0))
         self._slot = torch.zeros(1, dtype=torch.long, device=k.device)
         self._native: Any = None
         self.mark = next_serial(), k.data_ptr()
@@ -235,8 +236,8 @@ class Ring:
         run.k[:, place], run.v[:, place], run.slots[:, place] = k[:, 0], v[:, 0], slot
         self.num_seen += 1
         if padding is not None:
-            real = padding[:, run.slots[0].clamp_min(0).long()].bool().repeat_interleave(self.heads, 0)
-            run = Run(run.k, run.v, run.slots.masked_fill(~real, -1))
+            absent = (padding[:, slot] == 0).repeat_interleave(self.heads)
+            run.slots[:, place].masked_fill_(absent, -1)
         query = Query(q, torch.arange(slot, slot + 1, device=q.device), q.shape[1], None, softcap, k.dtype)
         return dispatch.attend([(run, query)]).out
 

@@ -19,6 +19,7 @@ from kvfold.blocks import Blocks
 from kvfold.kernels import triton
 from kvfold.segment import Room, Run
 from kvfold.store.dense import DenseCodec
+from kvfold.tail import ends_together, until
 
 SPARE = 16
 """A pool that must grow does so by one block in this many, so that graphs hold for longer."""
@@ -32,7 +33,7 @@ def next_serial() -> int:
 
 
 class StaticTail:
-    """Sinks, blocks and recent tokens of a layer whose rows hold the same slots, and the place of the next one.
+    """Sinks, blocks and recent tokens of a layer whose rows end together, and the place of the next one.
 
     Attributes:
         left: tokens that still fit.
@@ -46,9 +47,13 @@ class StaticTail:
         self.capacity = 1 if self.in_body else window + body.pool.block
         k, v = (x.new_zeros(rows, self.capacity, head_dim) for x in (recent.k, recent.v))
         self.room = Room(k, v, recent.slots.new_full((rows, self.capacity), -1), 0)
-        # Where the next token goes, its slot, and how many tokens the blocks of each row hold; and the slot of their first.
-        self._numbers = torch.zeros(2 + rows, dtype=torch.long, device=k.device)
-        self._place, self._slot, self._lengths = self._numbers.split((1, 1, rows))
+        # Where the next token of each row goes, how many tokens its blocks hold, and its slot; and the slot of their first.
+        self._numbers = torch.zeros(rows * 2 + 1, dtype=torch.long, device=k.device)
+        self._place, self._lengths, self._slot = self._numbers.split((rows, rows, 1))
+        self._counting = (
+            torch.cat([torch.ones(rows), torch.full((rows,), float(self.in_body)), torch.ones(1)]).long().to(k.device)
+        )
+        self._rows = torch.arange(rows, device=k.device) * self.capacity
         self._starts = torch.zeros(rows, dtype=torch.int32, device=k.device)
         self._table = torch.empty(rows, 0, dtype=torch.long, device=k.device)
         self._looks: list[tuple[triton.Descriptor, tuple[torch.Tensor, torch.Tensor] | None]] = []  # see triton.Look
@@ -57,20 +62,20 @@ class StaticTail:
         self.left = self.taken = 0
 
     @staticmethod
-    def why_not(sink: Run, body: Blocks, recent: Run, window: int) -> str | None:
+    def why_not(sink: Run, body: Blocks, recent: Run, window: int, num_seen: int) -> str | None:
         """Why tokens can't come to such segments in steps that are all alike, or None where they can."""
         if kernels.serving(recent.k.device.type) is not triton:
             return "attention is not Triton's"
         known = triton.supports(body.codec) and triton.supports_dense(recent.k.dtype)
         if not (known and triton.supports_head_dim(recent.k.shape[-1])):
             return "the Triton kernels don't read its codec"
-        if body.starts is None or len({*zip(body.starts, body.lengths, strict=True)}) > 1 or not (sink.whole and recent.whole):
-            return "its rows hold different tokens"
+        if not sink.whole or not ends_together(body, recent, recent.num_tokens(), num_seen):
+            return "its rows end at different tokens"
         if body.pool.shared:
             return "its sequences share blocks"
         if body.unit == "token" and window:
             return "each token pushes another one out of its dense window"
-        if body.unit == "token" and not body.pool.fields:
+        if body.unit == "token" and 0 in body.lengths:
             return "nothing is encoded yet"
         return None
 
@@ -84,18 +89,20 @@ class StaticTail:
         """Makes ready for the tokens after these, of which `why_not` says nothing; returns `recent`, now in its memory."""
         rows, pool = len(recent.slots), body.pool
         assert body.starts is not None
-        length = body.lengths[0]
-        self.taken = 0
+        places = counts = recent.num_tokens()
+        self.taken, self._first_slot = 0, num_seen
         pool.reserve(rows, rows * (pool.table.shape[1] // SPARE))
         if self.in_body:
-            if length == pool.table.shape[1] * pool.block:
-                pool.extend([n + 1 for n in pool.num_blocks()])
-            self.left = pool.table.shape[1] * pool.block - length
+            places, has = body.lengths, pool.num_blocks()
+            wanted = [max(n, length // pool.block + 1) for n, length in zip(has, places, strict=True)]
+            if wanted != has:
+                pool.extend(wanted)
+            self.left = min(n * pool.block - length for n, length in zip(wanted, places, strict=True))
         else:
-            recent = self._hold(recent, num_seen - recent.width)
+            recent = self._hold(recent, [num_seen - n for n in counts])
             self.left = self.capacity - recent.width
-        self._starts.fill_(body.starts[0])
-        self._first_slot, self._first_place, self._length = num_seen, length if self.in_body else recent.width, length
+        self._starts.copy_(torch.tensor(body.starts))
+        self._first = torch.tensor([*places, *body.lengths, num_seen], device=self._numbers.device)
         self._follow(pool.table)
         self._describe(sink, body)
         self.count()
@@ -103,9 +110,7 @@ class StaticTail:
 
     def count(self) -> None:
         """Writes to the device what the host has counted."""
-        self._place.fill_(self._first_place + self.taken)
-        self._slot.fill_(self._first_slot + self.taken)
-        self._lengths.fill_(self._length + (self.taken if self.in_body else 0))
+        torch.add(self._first, self._counting, alpha=self.taken, out=self._numbers)
 
     def take(self) -> None:
         """Says that one more token is there."""
@@ -118,7 +123,8 @@ class StaticTail:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What it holds beside the segments; its room is theirs as well for as long as it is open."""
-        named = {"table": self._table, "numbers": self._numbers, "starts": self._starts}
+        named = {"table": self._table, "numbers": self._numbers, "starts": self._starts, "rows": self._rows}
+        named |= {"counting": self._counting, "first": self._first}
         yield from (named | {"k": self.room.k, "v": self.room.v, "slots": self.room.slots}).items()
 
     # -- the step --------------------------------------------------------------------------------------------------------
@@ -142,21 +148,23 @@ class StaticTail:
             room.v.copy_(v)
             room.slots.copy_(self._slot.expand_as(room.slots))
         else:
-            room.k.index_copy_(1, self._place, k)
-            room.v.index_copy_(1, self._place, v)
+            at = self._rows + self._place
+            for held, new in ((room.k, k), (room.v, v)):
+                held.view(-1, held.shape[2]).index_copy_(0, at, new[:, 0])
         q = q.contiguous()
         looks = [triton.Look(descriptor, q, None, (), (), spans) for descriptor, spans in self._looks]
         out, _ = triton.attend(looks, self._slot, q.shape[1], softcap, k.dtype)
         if self.in_body and not self._writes_first:
             self._write(k, v)
             self._lengths.add_(1)
-        self._numbers[:2].add_(1)
+        self._place.add_(1)
+        self._slot.add_(1)
         return out
 
     def _write(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """A token of each row to its place in their blocks."""
         block = self._codec.block
-        ids = self._table.index_select(1, self._place // block)[:, 0]
+        ids = self._table.gather(1, (self._place // block)[:, None])[:, 0]
         addresses = ids * block + self._place % block
         for name, x in dispatch.encode(self._codec, k, v).items():
             held = self._fields[name]
@@ -164,16 +172,26 @@ class StaticTail:
 
     # -- memory ----------------------------------------------------------------------------------------------------------
 
-    def _hold(self, recent: Run, first: int) -> Run:
-        """The recent tokens, whose slots start at `first`, in this one's room."""
+    def _hold(self, recent: Run, firsts: list[int]) -> Run:
+        """The recent tokens in this one's room, where each row has slots on from its first."""
         room, width = self.room, recent.width
         if recent.room is not room:
             room.k[:, :width], room.v[:, :width] = recent.k, recent.v
-        room.slots.copy_(torch.arange(first, first + self.capacity, device=room.slots.device).expand_as(room.slots))
+        device = room.slots.device
+        room.slots.copy_(torch.tensor(firsts, device=device)[:, None] + torch.arange(self.capacity, device=device))
+        return self._held(width, self._first_slot, whole=recent.whole)
+
+    def _held(self, width: int, end: int, *, whole: bool) -> Run:
+        """The first `width` places of the room, without slots from `end` on."""
+        room = self.room
         room.used = width
-        run = Run(room.k[:, :width], room.v[:, :width], room.slots[:, :width], whole=True)
+        run = Run(room.k[:, :width], room.v[:, :width], room.slots[:, :width], whole=True) if whole else until(room, end, width)
         run.room = room
         return run
+
+    def close(self, recent: Run) -> Run:
+        """The recent tokens with those that have come behind them; `recent` is what `open` has returned."""
+        return self._held(recent.width + self.taken, self._first_slot + self.taken, whole=recent.whole)
 
     def _follow(self, table: torch.Tensor) -> None:
         """A table of which blocks can be added to without changing its place."""

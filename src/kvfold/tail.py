@@ -16,7 +16,7 @@ from kvfold import kernels
 from kvfold.attention.dispatch import Located
 from kvfold.blocks import Blocks
 from kvfold.kernels import cpu
-from kvfold.segment import ROOM, Run
+from kvfold.segment import ROOM, Room, Run
 from kvfold.store.base import KVCodec
 from kvfold.store.dense import DenseCodec
 from kvfold.store.fp8 import Float8
@@ -117,10 +117,10 @@ def _with_room(recent: Run, firsts: list[int]) -> Run:
     return Run(k, v, slots + torch.arange(k.shape[1], dtype=torch.int32, device=k.device))
 
 
-def until(run: Run, num_seen: int, width: int) -> Run:
-    """The first `width` places of a run that has a slot at every place, without tokens from `num_seen` on."""
-    slots = run.slots[:, :width]
-    return Run(run.k[:, :width], run.v[:, :width], slots.masked_fill(slots >= num_seen, -1))
+def until(held: Run | Room, num_seen: int, width: int) -> Run:
+    """The first `width` places of what has a slot at every place, without tokens from `num_seen` on."""
+    slots = held.slots[:, :width]
+    return Run(held.k[:, :width], held.v[:, :width], slots.masked_fill(slots >= num_seen, -1))
 
 
 def takes_tokens(codec: KVCodec, dtype: torch.dtype) -> bool:

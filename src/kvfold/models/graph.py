@@ -81,6 +81,7 @@ class GraphedForward:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.why: str | None = "no token has been decoded yet"
+        self._padding: torch.Tensor | None = None
         self._steps: WeakKeyDictionary[KVCache, _Step] = WeakKeyDictionary()
         functools.update_wrapper(self, type(model).forward)
         self.__signature__ = inspect.signature(functools.partial(type(model).forward, model))
@@ -94,7 +95,7 @@ class GraphedForward:
                 if cache not in self._steps:
                     self._steps[cache] = _Step(self.model)
                 step = self._steps[cache]
-                logits = step(cache, ids, kwargs.get("position_ids"))
+                logits = step(cache, ids, kwargs.get("position_ids"), self._padding)
                 self.why = step.why
                 if logits is not None:
                     return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
@@ -113,8 +114,9 @@ class GraphedForward:
         if kwargs.get("return_dict") is False or kwargs.get("use_cache") is False:
             return "an output without a cache, or as a tuple, was asked for"
         mask = kwargs.get("attention_mask")
-        if mask is not None and (mask.dim() != 2 or not bool(mask.all())):
-            return "there is padding"
+        self._padding = mask if mask is not None and (mask.dim() != 2 or not bool(mask.all())) else None
+        if self._padding is not None and (self._padding.dim() != 2 or not bool(self._padding[:, -1].all())):
+            return "the newest token is padding"
         return None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,19 +137,23 @@ class _Step:
         self._retry_at = 0
         self.why: str | None = None
 
-    def __call__(self, cache: KVCache, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor | None:
+    def __call__(
+        self, cache: KVCache, ids: torch.Tensor, positions: torch.Tensor | None, padding: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """The logits `[B, 1, V]` of one more token of each sequence, `ids [B, 1]`; None where it can't be replayed."""
         with torch.cuda.device(ids.device):
-            return self._step(cache, ids, positions)
+            return self._step(cache, ids, positions, padding)
 
-    def _step(self, cache: KVCache, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor | None:
+    def _step(
+        self, cache: KVCache, ids: torch.Tensor, positions: torch.Tensor | None, padding: torch.Tensor | None
+    ) -> torch.Tensor | None:
         seen = cache.get_seq_length()
         if seen < self._retry_at:
             return None
         tails: list[StaticTail | StaticTurnover | Ring] = []
         for layer in cache.layers:
             known = isinstance(layer, (LayerCache, SlidingLayer))
-            tail = layer.static_tail() if known else "a layer is not kvfold's"
+            tail = layer.static_tail(padding) if known else "a layer is not kvfold's"
             if isinstance(tail, str):
                 self.why = tail
                 return None
