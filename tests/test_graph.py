@@ -140,12 +140,26 @@ def test_one_comes_and_one_goes_as_one_by_one(plan: str, gpu: PretendGPU, monkey
     replays_as_one_by_one(lambda: Stream(model, plan, 100).decode(5), monkeypatch)
 
 
-@pytest.mark.parametrize("plan", ["h2o(60%) | int4", "random(101) | int4", "h2o(49%)", "l2norm(50, skip=1) | fp8"])
+@pytest.mark.parametrize("plan", ["h2o(60%) | int4", "window(126) | int4", "h2o(60%)", "l2norm(50, skip=1) | fp8"])
 def test_blocks_fill_while_tokens_go(plan: str, gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is recent is encoded, or rows get one block more; two sequences, two layers, of which one may keep everything."""
-    model, ids = small_model(num_hidden_layers=2, num_key_value_heads=2), tokens(2, 160)
+    model, ids = small_model(num_hidden_layers=2), tokens(2, 220)
     # Probabilities in half precision meet other neighbours where the newest token is a segment of its own.
-    replays_as_one_by_one(lambda: Stream(model, plan, 124, ids).decode(12), monkeypatch, 1e-3)
+    widths: list[int] = []
+
+    def held(stream: Stream) -> int:
+        body = stream.cache.layers[1].body
+        return body.num_tokens()[0] if "int4" in plan else body.width
+
+    def run() -> Stream:
+        stream = Stream(model, plan, 212, ids)
+        widths.append(held(stream))
+        stream.decode(7)
+        widths.append(held(stream))
+        return stream
+
+    replays_as_one_by_one(run, monkeypatch, 1e-3)
+    assert plan.startswith("l2norm") or widths[1] > widths[0] + 8
 
 
 @pytest.mark.parametrize("plan", ["int4", "h2o(50) | fp8", "sink_window(sink=3, window=50) | int4"])
@@ -188,7 +202,7 @@ def test_a_batch(gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     replays_as_one_by_one(lambda: Stream(model, "int4", 130, ids).decode(4), monkeypatch)
 
 
-@pytest.mark.parametrize("plan", ["int4", "full", "protect(sink=3) | fp8", "kivi(int2, residual=9)"])
+@pytest.mark.parametrize("plan", ["int4", "full", "protect(sink=3) | fp8"])
 def test_a_padded_batch(plan: str, gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows fill their blocks one after the other."""
     model = small_model()
@@ -196,7 +210,7 @@ def test_a_padded_batch(plan: str, gpu: PretendGPU, monkeypatch: pytest.MonkeyPa
     replays_as_one_by_one(lambda: Stream(model, plan, 136, ids, mask).decode(8), monkeypatch)
 
 
-@pytest.mark.parametrize("plan", ["int4", "full", "h2o(70) | int4", "sieve(70)"])
+@pytest.mark.parametrize("plan", ["int4", "full", "h2o(70) | int4"])
 def test_what_happens_between_tokens(plan: str, gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks, bytes asked for, cropping, copies and files leave the next tokens what they are without graphs."""
     model = small_model()
@@ -285,20 +299,19 @@ def test_why_not(plan: str, more: dict[str, Any], why: str, gpu: PretendGPU) -> 
     assert stream.steps == [f"transformers, without a graph: {why}"]
 
 
-@pytest.mark.parametrize("plan", ["int4", "h2o(30) | fp8"])
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize(("family", "plan"), [("gemma2", "int4"), ("gemma3_text", "h2o(30) | fp8")])
 def test_layers_with_windows_of_their_own(family: str, plan: str, gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows that are full, and one that fills while it grows."""
     monkeypatch.setattr(sliding_layer, "GROWTH", 8)
     for window, prompt in ((16, 60), (40, 30)):
         model = small_model(family, num_hidden_layers=2, sliding_window=window)
-        replays_as_one_by_one(lambda: Stream(model, plan, prompt).decode(12), monkeypatch, 1e-4)  # noqa: B023
+        replays_as_one_by_one(lambda: Stream(model, plan, prompt).decode(9), monkeypatch, 1e-4)  # noqa: B023
 
 
 def test_padding_in_windows(gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model("gemma3_text", num_hidden_layers=2, sliding_window=24)
     ids, mask = left_pad([tokens(1, n + 20, seed=n)[0] for n in (30, 12)])
-    replays_as_one_by_one(lambda: Stream(model, "int4", 26, ids, mask).decode(20), monkeypatch, 1e-4)
+    replays_as_one_by_one(lambda: Stream(model, "int4", 26, ids, mask).decode(8), monkeypatch, 1e-4)
 
 
 def test_gradients_and_listeners(gpu: PretendGPU) -> None:
