@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import left_pad, sharp_model, tokens
+from oracle import chunked, left_pad, sharp_model, tokens
 from transformers import PreTrainedModel
 
 import kvfold
@@ -207,14 +207,47 @@ def test_what_it_does_not_know_goes_the_long_way(plan: str, steps: list[int]) ->
     assert steps[0] == 0
 
 
-def test_padding_goes_the_long_way(steps: list[int]) -> None:
-    ids, mask = left_pad([tokens(1, n, seed=n)[0] for n in (60, 50)])
-    cache = kvfold.cache(model := sharp_model(), "h2o(40)")
-    with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
-        for _ in range(5):
-            mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
-            model(ids[:, -1:], attention_mask=mask, past_key_values=cache)
+PADDED = [
+    *("h2o(40)", "h2o(30%, recent=25%, sink=3, group=max)", "tova(30%)", "snapkv(25%, window=8)", "keydiff(30%)"),
+    *("scissorhands(40, window=9)", "random(30%)", "l2norm(40, skip=0)", "window(30%)", "expected(30%)"),
+    *("sink_window(sink=3, window=30%, reindex=false)", "h2o(30%) | fp8", "window(70) | int8", "snapkv(30%) | kivi(int4)"),
+]
+
+
+@pytest.mark.parametrize("plan", PADDED)
+def test_padded_batches(plan: str, steps: list[int]) -> None:
+    """Rows have budgets of their own, and lose a token each in its own time; a chunk in between."""
+    ids, mask = left_pad([tokens(1, n + 130, seed=n)[0] for n in (60, 21, 47)])
+    sizes = [60, *[1] * 90, 5, *[1] * 35]
+    cache = kvfold.cache(model := sharp_model(num_hidden_layers=1), plan)
+    mine = chunked(model, cache, ids, mask, sizes)
+    assert steps[0] > 80, "hardly any token was taken"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeldLayer, "turnover", lambda self, padding: None)
+        model = sharp_model(num_hidden_layers=1)
+        other = kvfold.cache(model, plan)
+        theirs = chunked(model, other, ids, mask, sizes)
+    assert (mine - theirs)[mask.bool()].norm() <= 2e-3 * theirs[mask.bool()].norm()
+    for a, b in zip(_layers(cache), _layers(other), strict=True):
+        assert a.kept_slots() == b.kept_slots()
+        assert a.num_real == b.num_real
+    assert cache.nbytes == other.nbytes
+
+
+@pytest.mark.parametrize("plan", ["sieve(40)", "sink_window(sink=3, window=40)"])
+def test_where_padding_goes_the_long_way(plan: str, steps: list[int]) -> None:
+    ids, mask = left_pad([tokens(1, n, seed=n)[0] for n in (70, 50)])
+    model = sharp_model()
+    chunked(model, kvfold.cache(model, plan), ids, mask, [60, *[1] * 10])
+    assert steps[0] == 0
+
+
+def test_padding_between_turns_goes_the_long_way(steps: list[int]) -> None:
+    """Positions are then not slots less a number."""
+    ids, mask = left_pad([tokens(1, n, seed=n)[0] for n in (70, 50)])
+    mask[1, 40:44] = 0
+    model = sharp_model()
+    chunked(model, kvfold.cache(model, "h2o(40)"), ids, mask, [60, *[1] * 10])
     assert steps[0] == 0
 
 

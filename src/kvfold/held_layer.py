@@ -24,7 +24,7 @@ from kvfold.site import Site
 from kvfold.static_tail import StaticTail
 from kvfold.static_turnover import StaticTurnover
 from kvfold.tail import Tail
-from kvfold.turnover import Turnover
+from kvfold.turnover import Turnover, comes_first
 
 
 class HeldLayer(CacheLayerMixin):
@@ -236,15 +236,20 @@ class HeldLayer(CacheLayerMixin):
 
     @in_normal_mode
     def turnover(self, padding: torch.Tensor | None = None) -> Turnover | Reading | None:
-        """The same under a keep policy, where a token may have to go, and under a read stage; what is padding is known here."""
-        if self._turnover is not None and self._turnover.has_room(self.num_seen):
+        """The same under a keep policy, where a token may have to go, and under a read stage.
+
+        padding: `[B, seen]`, the next token among them, 0 for padding; or None.
+        """
+        if self._turnover is not None and self._turnover.has_room():
             return self._turnover
         if self.plan.read:
             return self._open_reading(self.plan.read)
-        if not (self.eviction and self._in_one_place and self._begun) or self._is_padded:
+        if not (self.eviction and self._in_one_place and self._begun):
+            return None
+        if self._is_padded and (padding is None or not comes_first(padding, [n + 1 for n in self.num_real])):
             return None
         self._close_tail()
-        given = self.sink, self._body, self._recent, self.eviction, self.plan.window, self.num_seen
+        given = self.sink, self._body, self._recent, self.eviction, self.plan.window, self.num_seen, self.num_real
         self._turnover = found = Turnover.open(*given)
         if found is not None:
             self._recent = self._nothing

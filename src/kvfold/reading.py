@@ -45,7 +45,7 @@ class Reading:
             return None
         return Reading(sink, body, recent, left, num_real, read)
 
-    def has_room(self, num_seen: int) -> bool:
+    def has_room(self) -> bool:
         """Whether one more token finds a place."""
         return self.left > 0
 

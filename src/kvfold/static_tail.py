@@ -50,9 +50,7 @@ class StaticTail:
         # Where the next token of each row goes, how many tokens its blocks hold, and its slot; and the slot of their first.
         self._numbers = torch.zeros(rows * 2 + 1, dtype=torch.long, device=k.device)
         self._place, self._lengths, self._slot = self._numbers.split((rows, rows, 1))
-        self._counting = (
-            torch.cat([torch.ones(rows), torch.full((rows,), float(self.in_body)), torch.ones(1)]).long().to(k.device)
-        )
+        self._counting = torch.tensor([1] * rows + [int(self.in_body)] * rows + [1], device=k.device)
         self._rows = torch.arange(rows, device=k.device) * self.capacity
         self._starts = torch.zeros(rows, dtype=torch.int32, device=k.device)
         self._table = torch.empty(rows, 0, dtype=torch.long, device=k.device)

@@ -30,14 +30,15 @@ class Turnover(Candidates):
     attended to. Elsewhere it stays in the run, behind the recent ones, until the layer encodes a block.
 
     Attributes:
-        count: tokens of each row, sinks left out.
+        num_real: tokens of each sequence so far.
+        held: tokens of each row, sinks left out.
         place: of the run, where the next token goes.
     """
 
-    def __init__(self, sink: Run, body: Blocks, run: Run, place: int, eviction: Eviction, moves: bool):
+    def __init__(self, sink: Run, body: Blocks, run: Run, place: int, eviction: Eviction, moves: bool, num_real: list[int]):
         super().__init__(body, run, empty_chunk(run))
         self.run, self.place, self.eviction, self.moves = run, place, eviction, moves
-        self.count = super().counts()[0]
+        self.num_real, self.held = list(num_real), super().counts()
         self.num_sinks = sink.width
         self._shape = len(run.slots), body.width + run.width
         segments = [segment.locate(run.k.shape[-1]) for segment in (sink, body, run) if segment.width]
@@ -55,14 +56,17 @@ class Turnover(Candidates):
         self._query_shape = num_rows, site.num_query_heads // site.num_kv_heads, 1, head_dim
 
     @staticmethod
-    def open(sink: Run, body: Blocks, recent: Run, eviction: Eviction, window: int, num_real: int) -> "Turnover | None":
-        """One for rows that have as many tokens each; None where the next token has to go the long way.
+    def open(
+        sink: Run, body: Blocks, recent: Run, eviction: Eviction, window: int, num_seen: int, num_real: list[int]
+    ) -> "Turnover | None":
+        """One for heads that have as many tokens each; None where the next token has to go the long way.
 
         It is then the only one that holds what is recent, and the scores.
 
         Args:
             window: recent tokens that stay dense.
-            num_real: tokens of each sequence so far.
+            num_seen: slots so far.
+            num_real: tokens of each sequence so far; what is padding came before them.
         """
         keep, dtype = eviction.keep, recent.k.dtype
         pool = body.pool
@@ -72,22 +76,30 @@ class Turnover(Candidates):
             return None
         moves = body.unit == "token" and window == 0 and recent.width == 0 and takes_tokens(body.codec, dtype)
         room = 1 if moves else min(ROOM, window + pool.block - 1 - recent.width)
-        if (moves and not (body.width and pool.full)) or (not moves and body.unit == "token") or room < 1:
+        if (moves and not body.width) or (not moves and body.unit == "token") or room < 1:
             return None
+        if any(n != num_seen for n in num_real) and (keep.reindex or type(keep).settle is not Keep.settle):
+            return None  # sinks would be as far from each row as padding says, or a policy be told of rows that lose no token
         if body.width and not body.locate(recent.k.shape[-1]):
             return None
-        counts = {a + b for a, b in zip(body.num_tokens(), recent.num_tokens(), strict=True)}
-        if len(counts) > 1 or not _fits(body, moves, counts.pop(), eviction.allowed_after(num_real + 1) - sink.width):
+        counts = [a + b for a, b in zip(body.num_tokens(), recent.num_tokens(), strict=True)]
+        heads = eviction.num_heads
+        allowed = [eviction.allowed_after(n + 1) - sink.width for n in num_real for _ in range(heads)]
+        if any(counts[row] != counts[row // heads * heads] for row in range(len(counts))):
             return None
-        return Turnover(sink, body, with_room(recent, room), recent.width, eviction, moves)
+        if not _fits(body, moves, counts, allowed):
+            return None
+        return Turnover(sink, body, with_room(recent, room), recent.width, eviction, moves, num_real)
 
-    def has_room(self, num_real: int) -> bool:
-        """Whether one more token finds a place, after `num_real` of its sequence, and one at most has to go for it."""
+    def has_room(self) -> bool:
+        """Whether one more token of each row finds a place, and one at most has to go for it."""
         there = self.moves or self.place < self.run.width
-        return there and _fits(self.body, self.moves, self.count, self._allowed(num_real + 1))
+        return there and _fits(self.body, self.moves, self.held, self._allowed())
 
-    def _allowed(self, num_real: int) -> int:
-        return self.eviction.allowed_after(num_real) - self.num_sinks
+    def _allowed(self) -> list[int]:
+        """Tokens of each row that may stay once the next one has come, sinks left out."""
+        known = [self.eviction.allowed_after(n + 1) - self.num_sinks for n in self.num_real]
+        return [n for n in known for _ in range(self.eviction.num_heads)]
 
     # -- a step ----------------------------------------------------------------------------------------------------------
 
@@ -106,8 +118,8 @@ class Turnover(Candidates):
         positions: cosines and sines of RoPE, `[1 or B, 1, rotary dim]`.
         """
         keep = self.eviction.keep
-        if keep.strict and self.count + 1 > self._allowed(slot + 1):  # the query is not to see it
-            self._go(None, _NEVER)
+        if keep.strict:  # the query is not to see what goes
+            self._go(None, [_NEVER if n == most else -1 for n, most in zip(self.held, self._allowed(), strict=True)])
         mass = torch.empty(self._shape) if self._observes else None
         queries = torch.empty(self._query_shape) if self._learns else None
         place = self.place
@@ -125,33 +137,36 @@ class Turnover(Candidates):
             mass=mass,
             queries=queries,
         )
-        self.count += 1
+        self.held, self.num_real = [n + 1 for n in self.held], [n + 1 for n in self.num_real]
         self.place += not self.moves
         if type(keep).first_score is not Keep.first_score:
             self.score()[:, self.body.width + place, None] = keep.first_score(self.run.k[:, place, None])
-        num_seqs = len(hidden)
-        moment = Moment(slot + 1, [slot + 1] * num_seqs, [1] * num_seqs)
+        moment = Moment(slot + 1, self.num_real, [1] * len(hidden))
         self._settle(mass, queries, self.eviction.context(self, moment, [self.num_sinks] * self._shape[0]))
         return layer.after_attention(hidden, attended)
 
     def _settle(self, mass: torch.Tensor | None, queries: torch.Tensor | None, ctx: KeepContext) -> None:
         """The policy learns from the newest token's query, and one goes if there are too many."""
-        keep, slot, allowed = self.eviction.keep, ctx.moment.num_seen - 1, ctx.allowed[0]
+        keep, slot = self.eviction.keep, ctx.moment.num_seen - 1
         if queries is not None:
-            keep.learn(queries, torch.full((len(queries), 1), slot), ctx)
+            keep.learn(queries, ctx.num_real[:, None] - 1, ctx)
         if mass is not None:
             if keep.measure == "hits":
-                mass = (mass * (self.count + self.num_sinks) >= 1).float()
+                mass = (mass * (torch.tensor(self.held)[:, None] + self.num_sinks) >= 1).float()
             self.set_score(keep.update(self.score(), mass, ctx))
-        if self.count <= allowed:
-            if self.moves:
-                cpu._native.settle(self._native, step.NUMBERS[self.run.k.dtype], address(self._score))
-        elif self._told:
+        goes = [n > most for n, most in zip(self.held, ctx.allowed, strict=True)]
+        if any(goes) and self._told:  # then in every row
             rank = self.eviction.rank(self, ctx)
             self.eviction.victim(self, rank, ctx)
-            self._go(rank, _NEVER)
-        else:
-            self._go(self.eviction.rank_beside_recent(self, ctx), slot + 1 - keep.recent.tokens(allowed))
+            self._go(rank, [_NEVER] * len(goes))
+        elif any(goes):
+            rank = self.eviction.rank_beside_recent(self, ctx)
+            first = [
+                max(0, slot + 1 - keep.recent.tokens(most)) if go else -1 for go, most in zip(goes, ctx.allowed, strict=True)
+            ]
+            self._go(rank, first)
+        if self.moves and not all(goes):
+            cpu._native.settle(self._native, step.NUMBERS[self.run.k.dtype], address(self._score))
 
     def _shift(self, slot: int) -> tuple[torch.Tensor, int] | None:
         """How queries are moved where they look at sinks, with positions that are counted inside the cache."""
@@ -161,13 +176,13 @@ class Turnover(Candidates):
         gone = max(0, slot + 1 - self.eviction.allowed_after(slot + 1))
         return self.eviction.rope.inv_freq, -gone
 
-    def _go(self, rank: torch.Tensor | None, first_recent: int) -> None:
-        """One token of each row goes: that of the lowest `rank [R, N] float32`, or the oldest."""
+    def _go(self, rank: torch.Tensor | None, first_recent: list[int]) -> None:
+        """One token goes of each row whose `first_recent` slot is not negative: of the lowest `rank [R, N]`, or the oldest."""
         if rank is not None:
             rank = rank.contiguous()
             check("rank", rank, self._shape, torch.float32)
         cpu._native.go(self._native, step.NUMBERS[self.run.k.dtype], address(rank), first_recent, address(self._score))
-        self.count -= 1
+        self.held = [n - (first >= 0) for n, first in zip(self.held, first_recent, strict=True)]
 
     def close(self) -> Run:
         """Writes back what has changed, and returns what is recent."""
@@ -190,7 +205,7 @@ class Turnover(Candidates):
         return torch.cat([self.body.slots(), of_run], 1) if self.body.width else of_run
 
     def counts(self) -> list[int]:
-        return [self.count] * self._shape[0]
+        return self.held
 
     def score(self) -> torch.Tensor:
         assert self._score is not None
@@ -200,9 +215,14 @@ class Turnover(Candidates):
         self._score = score.contiguous()
 
 
-def _fits(body: Blocks, moves: bool, count: int, allowed: int) -> bool:
-    """Whether rows of `count` tokens can take one more without losing more than one: a budget that layers share may shrink."""
-    return count <= allowed and (not moves or count < body.width or count == allowed)
+def _fits(body: Blocks, moves: bool, counts: list[int], allowed: list[int]) -> bool:
+    """Whether rows of `counts` tokens can take one more without losing more than one: a budget that layers share may shrink."""
+    if any(n > most for n, most in zip(counts, allowed, strict=True)):
+        return False
+    if not moves:
+        return True
+    places = [n * body.pool.block for n in body.pool.num_blocks()]
+    return all(n < room or n == most for n, room, most in zip(counts, places, allowed, strict=True))
 
 
 def with_room(recent: Run, num_new: int) -> Run:
@@ -210,3 +230,8 @@ def with_room(recent: Run, num_new: int) -> Run:
     pad = (0, 0, 0, num_new)
     score = None if recent.score is None else F.pad(recent.score, (0, num_new))
     return Run(F.pad(recent.k, pad), F.pad(recent.v, pad), F.pad(recent.slots, (0, num_new), value=-1), score)
+
+
+def comes_first(padding: torch.Tensor, num_real: list[int]) -> bool:
+    """Whether the `num_real` tokens of each sequence are its last ones: `padding [B, seen]`, 0 for padding."""
+    return all(bool(row[len(row) - n :].all()) for row, n in zip(padding, num_real, strict=True))

@@ -7,7 +7,7 @@
 
 namespace kvfold {
 
-// The segments of a layer's cache, oldest first; all rows hold the same slots. Tokens are put behind the last segment, a run or
+// The segments of a layer's cache, oldest first; rows may begin at different slots and end at the same. Tokens are put behind the last segment, a run or
 // dense blocks, for which it must have room. With `apart`, the last segment is a run for a single token, the one that comes: once
 // it has been attended to, it goes behind the segment before, into blocks of a codec that takes tokens one by one.
 struct Tail {
@@ -79,8 +79,9 @@ void come(const DecoderLayer&, Turnover&, const void* hidden, int count, const P
           int num_threads);
 
 // Of each row the token of the lowest `rank [rows, places]` goes (null: the oldest), of equals the oldest; those in slots from
-// `first_recent` on only before what ranks as infinite. With `moves` the one that came takes its place.
-void go(Turnover&, Number, const float* rank, int64_t first_recent, float* score);
+// `first_recent` on only before what ranks as infinite, and none where that is negative. With `moves` the one that came takes its
+// place.
+void go(Turnover&, Number, const float* rank, const std::vector<int64_t>& first_recent, float* score);
 
 // With `moves`: where none has to go, the token that came takes the first free place of its blocks, if there is one.
 void settle(Turnover&, Number, float* score);

@@ -118,7 +118,8 @@ void bind_step(nb::module_& m) {
     come(layer, t, pointer<void>(hidden), count, positions, {pointer<float>(inv_freq), half, shift}, scaling, softcap, place, slot,
          by_largest, pointer<float>(score), pointer<float>(mass), pointer<float>(queries), pointer<float>(attended), num_threads);
   });
-  m.def("go", [](Turnover& t, int number, uintptr_t rank, int64_t first_recent, uintptr_t score) {
+  m.def("go", [](Turnover& t, int number, uintptr_t rank, const std::vector<int64_t>& first_recent, uintptr_t score) {
+    if (first_recent.size() != size_t(t.segments.back().rows)) throw nb::value_error("a first recent slot for every row");
     go(t, Number(number), pointer<float>(rank), first_recent, pointer<float>(score));
   });
   m.def("settle", [](Turnover& t, int number, uintptr_t score) { settle(t, Number(number), pointer<float>(score)); });

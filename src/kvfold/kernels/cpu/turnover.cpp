@@ -138,10 +138,11 @@ void come(const DecoderLayer& layer, Turnover& t, const void* hidden, int count,
   gather_mass(shape, parts.back(), by_largest, places_in_blocks(t), t.places, mass, num_threads);
 }
 
-void go(Turnover& t, Number number, const float* rank, int64_t first_recent, float* score) {
+void go(Turnover& t, Number number, const float* rank, const std::vector<int64_t>& first_recent, float* score) {
   const int rows = run_of(t).rows, in_blocks = places_in_blocks(t);
   for (int row = 0; row < rows; row++) {
-    const int place = least(t, row, rank, first_recent);
+    if (first_recent[row] < 0) continue;
+    const int place = least(t, row, rank, first_recent[row]);
     if (place < 0) continue;
     if (t.moves && place < in_blocks && *slot_at(t, row, in_blocks) >= 0) {
       move(t, row, place, number, score);
