@@ -21,7 +21,9 @@ from kvfold.handle import Handle
 from kvfold.held_layer import HeldLayer
 from kvfold.keep.base import Moment
 from kvfold.modes import in_normal_mode
+from kvfold.reading import Reading
 from kvfold.segment import Run, Segment, join
+from kvfold.turnover import Turnover
 
 
 class LayerCache(HeldLayer):
@@ -233,6 +235,13 @@ class LayerCache(HeldLayer):
         assert static is not None
         self.took(static)
         if static.left == 0 and not static.in_body:
+            self._store(self._nothing, None)
+
+    @in_normal_mode
+    def came(self, turnover: Turnover | Reading) -> None:
+        """Counts the token that a compiled step has put into a turnover; where it fills a block, that is encoded at once."""
+        self.took()
+        if turnover.is_full:
             self._store(self._nothing, None)
 
     @in_normal_mode

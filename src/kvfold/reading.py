@@ -26,7 +26,7 @@ class Reading:
         sinks = sink.locate(head_dim) if sink.width else None
         self._runs = [place.descriptor for place in (sinks, self.run.locate(head_dim)) if place]
         self._sides = cpu.describe_sides(body.codec, body.pool.fields, head_dim) if body.width else None
-        self._num_real = num_real
+        self._num_real, self._most = num_real, -1
         self._dense = [sink.width + n for n in recent.num_tokens()]
 
     @staticmethod
@@ -40,10 +40,17 @@ class Reading:
         dtype, pool = recent.k.dtype, body.pool
         if kernels.serving(recent.k.device.type) is not cpu or not (cpu.supports(body.codec) and cpu.supports_dense(dtype)):
             return None
-        left = min(window + pool.block - 1 - recent.width, ROOM)
+        left = min(window + pool.block - recent.width, ROOM)
         if left <= 0 or body.unit != "block" or not body.contiguous or not pool.in_one_place or not sink.whole:
             return None
-        return Reading(sink, body, recent, left, num_real, read)
+        found = Reading(sink, body, recent, left, num_real, read)
+        found._most = window + pool.block
+        return found
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a row may hold as many recent tokens as make a block: the layer then encodes what does."""
+        return self._place == self._most
 
     def has_room(self) -> bool:
         """Whether one more token finds a place."""

@@ -150,6 +150,8 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         """Counts the token that the compiled step has put into the ring."""
         self.cumulative_length += 1
 
+    came = took
+
     def took_statically(self) -> None:
         """Counts the token of a captured step."""
         assert self._ring is not None

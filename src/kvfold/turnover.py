@@ -39,7 +39,7 @@ class Turnover(Candidates):
         super().__init__(body, run, empty_chunk(run))
         self.run, self.place, self.eviction, self.moves = run, place, eviction, moves
         self.num_real, self.held = list(num_real), super().counts()
-        self.num_sinks = sink.width
+        self.num_sinks, self._most = sink.width, -1
         self._shape = len(run.slots), body.width + run.width
         segments = [segment.locate(run.k.shape[-1]) for segment in (sink, body, run) if segment.width]
         self._segments = [found for found in segments if found]  # they own what the compiled code points to
@@ -75,7 +75,7 @@ class Turnover(Candidates):
         if kernels.serving(recent.k.device.type) is not cpu or not cpu.supports_dense(dtype):
             return None
         moves = body.unit == "token" and window == 0 and recent.width == 0 and takes_tokens(body.codec, dtype)
-        room = 1 if moves else min(ROOM, window + pool.block - 1 - recent.width)
+        room = 1 if moves else min(ROOM, window + pool.block - recent.width)
         if (moves and not body.width) or (not moves and body.unit == "token") or room < 1:
             return None
         if any(n != num_seen for n in num_real) and (keep.reindex or type(keep).settle is not Keep.settle):
@@ -89,7 +89,14 @@ class Turnover(Candidates):
             return None
         if not _fits(body, moves, counts, allowed):
             return None
-        return Turnover(sink, body, with_room(recent, room), recent.width, eviction, moves, num_real)
+        found = Turnover(sink, body, with_room(recent, room), recent.width, eviction, moves, num_real)
+        found._most = window + pool.block
+        return found
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a row may hold as many recent tokens as make a block: the layer then encodes what does."""
+        return not self.moves and self.place == self._most
 
     def has_room(self) -> bool:
         """Whether one more token of each row finds a place, and one at most has to go for it."""

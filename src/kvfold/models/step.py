@@ -162,7 +162,7 @@ class CompiledLayer:
             turnover = layer.turnover(mask)
             if turnover is not None:
                 out = turnover.step(native, hidden, positions, self.scaling, self.softcap, layer.num_seen)
-                layer.took()
+                layer.came(turnover)
                 return out
         q, k, v = native.before_attention(hidden, positions[0], positions[1])
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
