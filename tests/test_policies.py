@@ -346,6 +346,7 @@ def test_one_token_in_place_is_what_the_general_path_does(plan: str, monkeypatch
         logits = chunked(model, cache, ids, mask, sizes)[mask.bool()]
         return logits, [layer.kept_slots() for layer in _layers(cache)]
 
+    monkeypatch.setattr(LayerCache, "turnover", lambda self, padding: None)
     in_place = [0]
     replace = Candidates.replace
     monkeypatch.setattr(Candidates, "replace", lambda *a: (in_place.__setitem__(0, in_place[0] + 1), replace(*a))[1])
