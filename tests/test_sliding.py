@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import chunked, left_pad, sharp_model, tokens
+from oracle import chunked, held_bytes, left_pad, sharp_model, tokens
 from transformers import DynamicCache, PreTrainedModel
 
 import kvfold
@@ -151,7 +151,8 @@ def test_memory_is_that_of_the_window() -> None:
     config = model.config
     rows = 2 * config.num_key_value_heads
     held = sum(x.nbytes for _, x in sliding(cache).tensors())
-    assert held == rows * WINDOW * (2 * config.head_dim * 4 + 4) + 8
+    assert held == rows * WINDOW * (2 * config.head_dim * 4 + 4) + 16  # two numbers
+    assert cache.nbytes == held_bytes(cache, but=model)
 
 
 def test_a_reset_forgets(compiled: bool) -> None:

@@ -89,6 +89,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What it holds."""
+        yield "size", self._sliding_window_tensor
         if self._ring is not None:
             yield from self._ring.tensors()
         else:
@@ -165,7 +166,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):
             return ring
         keys, values = self.keys, self.values
         self._ring = Ring(keys, values, num_seen, self.sliding_window, padding)
-        self._keys = self._values = keys[:, :, :0]
+        self._keys = self._values = keys.new_empty(*keys.shape[:2], 0, keys.shape[3])  # a view would hold all of it
         return self._ring
 
     @in_normal_mode
