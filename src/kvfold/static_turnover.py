@@ -203,6 +203,7 @@ class StaticTurnover(Candidates):
             if state[name] is not x:
                 x.copy_(state[name])
         self._step.add_(1)
+        del self._slots, self._step_score  # nothing of a step stays but what is counted
         return out
 
     def _attend(self, q: torch.Tensor, now: "_Now", softcap: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
