@@ -19,14 +19,14 @@ from kvfold.turnover import with_room
 class Reading:
     """Sinks, blocks, and a run in which tokens come; whole blocks are encoded by the layer."""
 
-    def __init__(self, sink: Run, body: Blocks, recent: Run, left: int, num_real: list[int], read: Read):
+    def __init__(self, sink: Run, body: Blocks, recent: Run, left: int, most: int, num_real: list[int], read: Read):
         self.body, self.read, self.left = body, read, left
         self.run, self._place = with_room(recent, left), recent.width
         head_dim = self.run.k.shape[-1]
         sinks = sink.locate(head_dim) if sink.width else None
         self._runs = [place.descriptor for place in (sinks, self.run.locate(head_dim)) if place]
         self._sides = cpu.describe_sides(body.codec, body.pool.fields, head_dim) if body.width else None
-        self._num_real, self._most = num_real, -1
+        self._num_real, self._most = num_real, most
         self._dense = [sink.width + n for n in recent.num_tokens()]
 
     @staticmethod
@@ -43,9 +43,7 @@ class Reading:
         left = min(window + pool.block - recent.width, ROOM)
         if left <= 0 or body.unit != "block" or not body.contiguous or not pool.in_one_place or not sink.whole:
             return None
-        found = Reading(sink, body, recent, left, num_real, read)
-        found._most = window + pool.block
-        return found
+        return Reading(sink, body, recent, left, window + pool.block, num_real, read)
 
     @property
     def is_full(self) -> bool:
@@ -57,16 +55,9 @@ class Reading:
         return self.left > 0
 
     @in_normal_mode
-    def step(
-        self,
-        layer: step.DecoderLayer,
-        hidden: torch.Tensor,
-        positions: tuple[torch.Tensor, torch.Tensor],
-        scaling: float,
-        softcap: float | None,
-        slot: int,
-    ) -> torch.Tensor:
-        """The whole layer for the next token of every sequence, in `slot`: `hidden [B, 1, H]` to `[B, 1, H]`."""
+    def step(self, token: step.Token) -> torch.Tensor:
+        """The whole layer for the next token of every sequence: `[B, 1, H]`."""
+        layer, hidden, positions, scaling, softcap, slot = token
         run, place = self.run, self._place
         rows, _, head_dim = run.k.shape
         queries, k, v = layer.before_attention(hidden, *positions)

@@ -244,16 +244,9 @@ class Ring:
         query = Query(q, torch.arange(slot, slot + 1, device=q.device), q.shape[1], None, softcap, k.dtype)
         return dispatch.attend([(run, query)]).out
 
-    def step(
-        self,
-        layer: step.DecoderLayer,
-        hidden: torch.Tensor,
-        positions: tuple[torch.Tensor, torch.Tensor],
-        scaling: float,
-        softcap: float | None,
-        slot: int,
-    ) -> torch.Tensor:
-        """The whole decoder layer for the next token of every sequence, compiled: `hidden [B, 1, H]` to `[B, 1, H]`."""
+    def step(self, token: step.Token) -> torch.Tensor:
+        """The whole decoder layer for the next token of every sequence, compiled: `[B, 1, H]`."""
+        layer, hidden, positions, scaling, softcap, slot = token
         if self._native is None:
             found = self.run.locate(self.run.k.shape[-1])
             assert found is not None

@@ -32,6 +32,25 @@ def next_serial() -> int:
     return next(_SERIALS)
 
 
+def why_unread(recent: Run, body: Blocks) -> str | None:
+    """Why the Triton kernels don't read such segments, or None where they do."""
+    if kernels.serving(recent.k.device.type) is not triton:
+        return "attention is not Triton's"
+    known = triton.supports(body.codec) and triton.supports_dense(recent.k.dtype)
+    return None if known and triton.supports_head_dim(recent.k.shape[-1]) else "the Triton kernels don't read its codec"
+
+
+def room_of(window: int, body: Blocks) -> int:
+    """Places for tokens that come: one where a token goes on into the blocks at once, else as many as are dense at the most."""
+    return 1 if body.unit == "token" else window + body.pool.block
+
+
+def suits(k: torch.Tensor, recent: Run, window: int, body: Blocks) -> bool:
+    """Whether the room `k [R, N, D]` serves such segments."""
+    wanted = len(recent.k), room_of(window, body), recent.k.device, recent.k.dtype
+    return (len(k), k.shape[1], k.device, k.dtype) == wanted
+
+
 class StaticTail:
     """Sinks, blocks and recent tokens of a layer whose rows end together, and the place of the next one.
 
@@ -44,7 +63,7 @@ class StaticTail:
     def __init__(self, recent: Run, window: int, body: Blocks):
         rows, _, head_dim = recent.k.shape
         self.in_body = body.unit == "token"
-        self.capacity = 1 if self.in_body else window + body.pool.block
+        self.capacity = room_of(window, body)
         k, v = (x.new_zeros(rows, self.capacity, head_dim) for x in (recent.k, recent.v))
         self.room = Room(k, v, recent.slots.new_full((rows, self.capacity), -1), 0)
         # Where the next token of each row goes, how many tokens its blocks hold, and its slot; and the slot of their first.
@@ -62,11 +81,8 @@ class StaticTail:
     @staticmethod
     def why_not(sink: Run, body: Blocks, recent: Run, window: int, num_seen: int) -> str | None:
         """Why tokens can't come to such segments in steps that are all alike, or None where they can."""
-        if kernels.serving(recent.k.device.type) is not triton:
-            return "attention is not Triton's"
-        known = triton.supports(body.codec) and triton.supports_dense(recent.k.dtype)
-        if not (known and triton.supports_head_dim(recent.k.shape[-1])):
-            return "the Triton kernels don't read its codec"
+        if why := why_unread(recent, body):
+            return why
         if not sink.whole or not ends_together(body, recent, recent.num_tokens(), num_seen):
             return "its rows end at different tokens"
         if body.pool.shared:
@@ -79,9 +95,7 @@ class StaticTail:
 
     def suits(self, recent: Run, window: int, body: Blocks) -> bool:
         """Whether its memory serves such segments."""
-        capacity = 1 if body.unit == "token" else window + body.pool.block
-        k = self.room.k
-        return (len(k), self.capacity, k.device, k.dtype) == (len(recent.k), capacity, recent.k.device, recent.k.dtype)
+        return suits(self.room.k, recent, window, body)
 
     def open(self, sink: Run, body: Blocks, recent: Run, num_seen: int) -> Run:
         """Makes ready for the tokens after these, of which `why_not` says nothing; returns `recent`, now in its memory."""

@@ -7,13 +7,10 @@ reference.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from kvfold import kernels
 from kvfold.attention import dispatch
 from kvfold.blocks import Blocks
 from kvfold.candidates import Candidates, empty_chunk
@@ -21,7 +18,8 @@ from kvfold.eviction import Eviction
 from kvfold.keep.base import Keep, KeepContext, aligned
 from kvfold.kernels import triton
 from kvfold.segment import Run
-from kvfold.static_tail import next_serial
+from kvfold.static_context import Now, OnDevice
+from kvfold.static_tail import next_serial, room_of, suits, why_unread
 
 STEPS = 256
 """Steps whose numbers are written to the device at once, at the most."""
@@ -45,10 +43,10 @@ class StaticTurnover(Candidates):
         super().__init__(body, recent, empty_chunk(recent))
         rows, _, head_dim = recent.k.shape
         self.in_body = body.unit == "token"
-        self.capacity = 1 if self.in_body else window + body.pool.block
+        self.capacity = room_of(window, body)
         k, v = (x.new_zeros(rows, self.capacity, head_dim) for x in (recent.k, recent.v))
         self.run = Run(k, v, recent.slots.new_full((rows, self.capacity), -1))
-        self._numbers = torch.zeros(STEPS, _NUMBERS, dtype=torch.long, device=k.device)  # see `_Now`
+        self._numbers = torch.zeros(STEPS, _NUMBERS, dtype=torch.long, device=k.device)  # see `static_context.Now`
         self._step = torch.zeros(1, dtype=torch.long, device=k.device)
         self._held_score = torch.empty(rows, 0, device=k.device)
         self._written: Callable[[], None] | None = None
@@ -60,11 +58,8 @@ class StaticTurnover(Candidates):
     def why_not(sink: Run, body: Blocks, recent: Run, window: int, eviction: Eviction) -> str | None:
         """Why tokens can't come to such segments in steps that are all alike, or None where they can."""
         keep, pool = eviction.keep, body.pool
-        if kernels.serving(recent.k.device.type) is not triton:
-            return "attention is not Triton's"
-        known = triton.supports(body.codec) and triton.supports_dense(recent.k.dtype)
-        if not (known and triton.supports_head_dim(recent.k.shape[-1])):
-            return "the Triton kernels don't read its codec"
+        if why := why_unread(recent, body):
+            return why
         if keep.waits:
             return f"{keep.name} reads numbers back from the device"
         if keep.heads != "uniform":
@@ -84,9 +79,7 @@ class StaticTurnover(Candidates):
 
     def suits(self, recent: Run, window: int, body: Blocks) -> bool:
         """Whether its memory serves such segments."""
-        capacity = 1 if body.unit == "token" else window + body.pool.block
-        k = self.run.k
-        return (len(k), self.capacity, k.device, k.dtype) == (len(recent.k), capacity, recent.k.device, recent.k.dtype)
+        return suits(self.run.k, recent, window, body)
 
     def open(self, sink: Run, body: Blocks, recent: Run, eviction: Eviction, num_seen: int) -> bool:
         """Makes ready for the tokens after these, of which `why_not` says nothing; False where the next one can't come so.
@@ -117,7 +110,7 @@ class StaticTurnover(Candidates):
     def _plan(
         self, body: Blocks, place: int, eviction: Eviction, num_sinks: int, count: int, num_seen: int
     ) -> list[tuple[int, ...]]:
-        """The numbers of as many steps as are alike (see `_Now`)."""
+        """The numbers of as many steps as are alike (see `static_context.Now`)."""
         keep = eviction.keep
         steps: list[tuple[int, ...]] = []
         for slot in range(num_seen, num_seen + STEPS):
@@ -170,7 +163,7 @@ class StaticTurnover(Candidates):
         Returns:
             `[R, G, D] float32`.
         """
-        now = _Now(*self._numbers.index_select(0, self._step)[0].split(1))
+        now = Now(*self._numbers.index_select(0, self._step)[0].split(1))
         keep, run, rows = self.eviction.keep, self.run, len(q)
         goes = now.goes.bool()
         if keep.strict:  # the query is not to see what goes
@@ -206,7 +199,7 @@ class StaticTurnover(Candidates):
         del self._slots, self._step_score  # nothing of a step stays but what is counted
         return out
 
-    def _attend(self, q: torch.Tensor, now: "_Now", softcap: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _attend(self, q: torch.Tensor, now: Now, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output, `[R, G, D]`, and what each place received, `[R, N]`, where the policy wants to know it."""
         keep, rope = self.eviction.keep, self.eviction.rope
         rows, groups, _ = q.shape
@@ -223,7 +216,7 @@ class StaticTurnover(Candidates):
         out, lse = triton.attend(looks, now.slot, groups, softcap)
         return out, None if scores is None else triton.received(scores, lse, keep.group == "max")
 
-    def _choose(self, now: "_Now", state: dict[str, torch.Tensor], ctx: KeepContext) -> torch.Tensor:
+    def _choose(self, now: Now, state: dict[str, torch.Tensor], ctx: KeepContext) -> torch.Tensor:
         """`[R] long`: the place of the token that goes, if one does; the policy is told, if one does."""
         eviction, score, before = self.eviction, self._step_score, dict(state)
         rank = eviction.rank_beside_recent(self, ctx)
@@ -325,77 +318,3 @@ class StaticTurnover(Candidates):
         self._found, self._found_sink = descriptors[: len(self.parts)], (descriptors[len(self.parts) :] or [None])[0]
         held = [self._held_score, self.sink.k, *self.state.values()]
         self.mark = self._serial, self._aligned, self.sink.width, pool.mark(), *(x.data_ptr() for x in held)
-
-
-@dataclass(frozen=True)
-class _Now:
-    """The numbers of a step, `[1] long` each.
-
-    Attributes:
-        place: of the run, where the token goes.
-        slot: the token's own.
-        goes: 1 where a token has to go.
-        first_recent: the slot from which on tokens are recent, once it has come.
-        gone: tokens between the sinks and the others that are no longer there.
-        seen: tokens that its query sees.
-    """
-
-    place: torch.Tensor
-    slot: torch.Tensor
-    goes: torch.Tensor
-    first_recent: torch.Tensor
-    gone: torch.Tensor
-    seen: torch.Tensor
-
-
-def _refuse(*_: Any) -> NoReturn:
-    raise RuntimeError("the policy asks for numbers that only the device knows")
-
-
-class _Unknown:
-    """Numbers that a captured step can't have on the host: whoever asks for one gets a RuntimeError."""
-
-    __getattr__ = __iter__ = __len__ = __getitem__ = _refuse
-
-
-class OnDevice(KeepContext):
-    """What a policy may look at in a step that is captured: the numbers of the moment are on the device."""
-
-    _now: _Now
-    _is_aligned: bool
-
-    def __init__(self, held: StaticTurnover, now: _Now, state: dict[str, torch.Tensor], eviction: Eviction, aligned: bool):
-        unknown: Any = _Unknown()
-        site = eviction.site
-        super().__init__(
-            held, unknown, unknown, unknown, unknown, eviction.num_heads, site.layer, eviction.num_sinks, state, eviction.rope
-        )
-        object.__setattr__(self, "_now", now)
-        object.__setattr__(self, "_is_aligned", aligned)
-
-    @cached_property
-    def positions(self) -> torch.Tensor:
-        return self.slots
-
-    @cached_property
-    def num_real(self) -> torch.Tensor:
-        return (self._now.slot + 1).expand(len(self.slots))
-
-    @cached_property
-    def num_new(self) -> torch.Tensor:
-        return torch.ones_like(self.num_real)
-
-    @cached_property
-    def over(self) -> torch.Tensor:
-        return self._now.goes.bool().expand(len(self.slots))
-
-    @cached_property
-    def empty_places(self) -> bool:
-        return True
-
-    @cached_property
-    def aligned(self) -> bool:
-        return self._is_aligned
-
-    def fade(self, window: int) -> float:
-        return max(0.0, 1 - 1 / window)

@@ -35,11 +35,13 @@ class Turnover(Candidates):
         place: of the run, where the next token goes.
     """
 
-    def __init__(self, sink: Run, body: Blocks, run: Run, place: int, eviction: Eviction, moves: bool, num_real: list[int]):
+    def __init__(self, sink: Run, body: Blocks, run: Run, place: int, eviction: Eviction, most: int, num_real: list[int]):
         super().__init__(body, run, empty_chunk(run))
-        self.run, self.place, self.eviction, self.moves = run, place, eviction, moves
+        self.run, self.place, self.eviction = run, place, eviction
+        self.moves, self._most = most < 0, most  # recent tokens that a row may have
+        moves = self.moves
         self.num_real, self.held = list(num_real), super().counts()
-        self.num_sinks, self._most = sink.width, -1
+        self.num_sinks = sink.width
         self._shape = len(run.slots), body.width + run.width
         segments = [segment.locate(run.k.shape[-1]) for segment in (sink, body, run) if segment.width]
         self._segments = [found for found in segments if found]  # they own what the compiled code points to
@@ -89,9 +91,8 @@ class Turnover(Candidates):
             return None
         if not _fits(body, moves, counts, allowed):
             return None
-        found = Turnover(sink, body, with_room(recent, room), recent.width, eviction, moves, num_real)
-        found._most = window + pool.block
-        return found
+        most = -1 if moves else window + pool.block
+        return Turnover(sink, body, with_room(recent, room), recent.width, eviction, most, num_real)
 
     @property
     def is_full(self) -> bool:
@@ -111,19 +112,9 @@ class Turnover(Candidates):
     # -- a step ----------------------------------------------------------------------------------------------------------
 
     @in_normal_mode
-    def step(
-        self,
-        layer: step.DecoderLayer,
-        hidden: torch.Tensor,
-        positions: tuple[torch.Tensor, torch.Tensor],
-        scaling: float,
-        softcap: float | None,
-        slot: int,
-    ) -> torch.Tensor:
-        """The whole layer for the next token of every sequence, in `slot`: `hidden [B, 1, H]` to `[B, 1, H]`.
-
-        positions: cosines and sines of RoPE, `[1 or B, 1, rotary dim]`.
-        """
+    def step(self, token: step.Token) -> torch.Tensor:
+        """The whole layer for the next token of every sequence: `[B, 1, H]`."""
+        layer, hidden, positions, scaling, softcap, slot = token
         keep = self.eviction.keep
         if keep.strict:  # the query is not to see what goes
             self._go(None, [_NEVER if n == most else -1 for n, most in zip(self.held, self._allowed(), strict=True)])

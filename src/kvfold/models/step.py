@@ -161,7 +161,7 @@ class CompiledLayer:
                 return out
             turnover = layer.turnover(mask)
             if turnover is not None:
-                out = turnover.step(native, hidden, positions, self.scaling, self.softcap, layer.num_seen)
+                out = turnover.step(step.Token(native, hidden, positions, self.scaling, self.softcap, layer.num_seen))
                 layer.came(turnover)
                 return out
         q, k, v = native.before_attention(hidden, positions[0], positions[1])

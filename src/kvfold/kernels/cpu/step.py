@@ -6,7 +6,7 @@ strides that it does not expect raise ValueError. Packed weights are tiles of 16
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -110,6 +110,25 @@ def unpack(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     _choose()
     cpu._native.unpack(weight.native, NUMBERS[dtype], out.data_ptr(), torch.get_num_threads())
     return out
+
+
+class Token(NamedTuple):
+    """A decode step as a layer is asked for it.
+
+    Attributes:
+        layer: the compiled decoder layer.
+        hidden: `[B, 1, H]`.
+        positions: cosines and sines of RoPE, `[1 or B, 1, rotary dim]`.
+        scaling, softcap: of the scores.
+        slot: the token's.
+    """
+
+    layer: "DecoderLayer"
+    hidden: torch.Tensor
+    positions: tuple[torch.Tensor, torch.Tensor]
+    scaling: float
+    softcap: float | None
+    slot: int
 
 
 class DecoderLayer:
