@@ -101,7 +101,7 @@ class Candidates:
             seen: `[R, Q]`, how many tokens each query sees, for `hits`.
         """
         num_queries = len(query.slots)
-        if query.scores is not None or measure == "sum" or num_queries == 1:
+        if measure == "sum" or num_queries == 1:
             if query.scores is not None:  # of one query, of all places
                 masses = dispatch.received(query.scores, lse, largest=group == "max")
             else:
