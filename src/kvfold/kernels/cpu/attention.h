@@ -125,7 +125,7 @@ extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16;  // as well: KVFOLD_AVX512_BF16
 #endif
 
-constexpr int kStrip = 192;       // vectors that a task takes at once
+constexpr int kStrip = 384;       // vectors that a task takes at once, at most: a block becomes numbers once for them
 constexpr int kRows = 8;          // rows that a task of few vectors takes at once: neighbours in a pool, as their tokens come together
 constexpr int kDirectVectors = 8; // up to so many, codes are converted in registers; beyond, once for all vectors
 

@@ -14,6 +14,11 @@ namespace {
 
 constexpr int kTasksPerThread = 2;  // so that threads of unequal speed end together; each begins with codes that nobody asked for
 constexpr int kTokensPerPiece = 64; // of encoding
+constexpr int kManyTokens = 1024;   // of all rows: more than blocks that a step has filled
+
+// A prompt's work comes between torch's operations, that of a step mostly between kvfold's own.
+Team team_of(bool many) { return many ? Team::TORCH : Team::OWN; }
+
 // Blocks a task, below which sharing costs more than it gives.
 constexpr int least_blocks(int vectors) { return vectors <= kDirectVectors ? 12 : 4; }
 
@@ -104,8 +109,8 @@ void choose(const std::string& name) {
 
 void attend(const Shape& shape, const std::vector<Part>& parts, float* out, float* lse, int num_threads) {
   const Kernels& k = kernels();
-  const int num_vectors = shape.groups * shape.queries, strip = std::min(num_vectors, kStrip);
-  const int num_strips = (num_vectors + strip - 1) / strip;
+  const int num_vectors = shape.groups * shape.queries, num_strips = (num_vectors + kStrip - 1) / kStrip;
+  const int strip = (num_vectors + num_strips - 1) / num_strips;
   int64_t all_columns = 0;
   for (const Part& part : parts) all_columns += int64_t(part.segment->columns) * shape.rows * num_strips;
   const int least = least_blocks(num_vectors), span = columns_per_task(all_columns, num_threads, least);
@@ -145,17 +150,19 @@ void attend(const Shape& shape, const std::vector<Part>& parts, float* out, floa
   }
   const int64_t needed = most_scratch(shape, parts, strip);
   const int worth = all_columns >= 2 * least ? num_threads : 1;
-  parallel_for(int(tasks.size()), worth, [&](int i, int) { k.attend(shape, tasks[i], scratch(needed)); });
+  const Team team = team_of(num_vectors > kDirectVectors);
+  parallel_for(int(tasks.size()), worth, [&](int i) { k.attend(shape, tasks[i], scratch(needed)); }, team);
 
   const bool small = int64_t(shape.rows) * num_vectors * tasks.size() < 4096;
-  parallel_for(int(ends.size()), small ? 1 : num_threads, [&](int i, int) {
+  const auto merge = [&](int i) {
     const int begin = i ? ends[i - 1] : 0;
     const Task* found = tasks.data() + begin;
     for (int row = found->row; row < found->row + found->num_rows; row++) {
       const int64_t at = int64_t(row) * num_vectors + found->first;
       k.merge(shape, found, ends[i] - begin, row, out + at * shape.head_dim, lse + at, scratch(needed));
     }
-  });
+  };
+  parallel_for(int(ends.size()), small ? 1 : num_threads, merge, team);
 }
 
 void mass(const Shape& shape, const Part& part, const float* lse, float* received, int num_threads) {
@@ -173,7 +180,8 @@ void mass(const Shape& shape, const Part& part, const float* lse, float* receive
   }
   const int64_t needed = k.workspace(shape, part, std::min(shape.groups * shape.queries, kStrip));
   const int worth = all_columns >= 2 * least ? num_threads : 1;
-  parallel_for(int(tasks.size()), worth, [&](int i, int) { k.mass(shape, tasks[i], lse, received, scratch(needed)); });
+  const Team team = team_of(shape.groups * shape.queries > kDirectVectors);
+  parallel_for(int(tasks.size()), worth, [&](int i) { k.mass(shape, tasks[i], lse, received, scratch(needed)); }, team);
 }
 
 void encode(const Encoding& e, const uint8_t* x, int64_t blocks, int tokens, int head_dim, const Encoded& to, int num_threads) {
@@ -184,28 +192,30 @@ void encode(const Encoding& e, const uint8_t* x, int64_t blocks, int tokens, int
   if (all_tokens == 0) return;
   const int64_t groups = (e.by_channel ? tokens : head_dim) / e.group;
   const int64_t token_scales = e.by_channel ? 0 : groups, block_scales = e.by_channel ? groups * head_dim : 0;
-  parallel_for(int((all_tokens + piece - 1) / piece), num_threads, [&](int i, int) {
+  const auto encode_piece = [&](int64_t i) {
     const int64_t first = i * piece, count = std::min(piece, all_tokens - first);
     const int64_t scales = first * token_scales + i * block_scales;
     const Encoded at = {to.codes + first * head_dim * bits / 8, to.scale ? to.scale + scales * scale_bytes : nullptr,
                         to.zero ? to.zero + scales : nullptr, to.base ? to.base + i : nullptr};
     float* memory = scratch(encode_floats(int(count), head_dim, int(groups)));
     kernels().encode(e, x + first * head_dim * number_bytes, int(count), head_dim, at, memory);
-  });
+  };
+  parallel_for(int((all_tokens + piece - 1) / piece), num_threads, encode_piece, team_of(all_tokens >= kManyTokens));
 }
 
 void name_levels(const Naming& naming, const float* x, int64_t blocks, int tokens, int head_dim, uint8_t* codes, int num_threads) {
   const int bits = naming.kind == Kind::T4 ? 4 : naming.kind == Kind::T3 ? 3 : 2;
   const int64_t all_tokens = blocks * tokens, piece = naming.by_channel ? tokens : kTokensPerPiece;
   if (all_tokens == 0) return;
-  parallel_for(int((all_tokens + piece - 1) / piece), num_threads, [&](int i, int) {
+  const auto name_piece = [&](int64_t i) {
     const int64_t first = i * piece, count = std::min(piece, all_tokens - first), scales = first * head_dim / naming.group;
     Naming at = naming;
     at.scale += scales;
     if (at.zero) at.zero += scales;
     float* memory = scratch(naming_floats(int(count), head_dim));
     kernels().name_levels(at, x + first * head_dim, int(count), head_dim, codes + first * head_dim * bits / 8, memory);
-  });
+  };
+  parallel_for(int((all_tokens + piece - 1) / piece), num_threads, name_piece, team_of(all_tokens >= kManyTokens));
 }
 
 }  // namespace kvfold

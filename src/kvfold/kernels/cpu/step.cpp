@@ -95,7 +95,7 @@ void linear(const Weight& w, Number number, const void* x, int count, void* y, i
   const std::vector<Piece> work = pieces({w.rows}, num_threads);
   float* out = number == Number::F32 ? static_cast<float*>(y) : mem.out.data();
   const float *from = mem.normed.x.data(), *sums = mem.normed.sums.data();
-  parallel_for(int(work.size()), num_threads, [&](int i, int) {
+  parallel_for(int(work.size()), num_threads, [&](int i) {
     k.multiply(w, from, sums, count, work[i].first, work[i].end, out, w.rows);
   });
   if (number != Number::F32) k.save(number, out, int64_t(count) * w.rows, y);
@@ -105,9 +105,10 @@ void unpack(const Weight& w, Number number, void* to, int num_threads) {
   const StepKernels& k = step_kernels();
   const int64_t line = int64_t(w.columns) * (number == Number::F32 ? 4 : 2);
   const std::vector<Piece> work = pieces({w.rows}, num_threads);
-  parallel_for(int(work.size()), num_threads, [&](int i, int) {
+  const auto unpack_piece = [&](int i) {
     k.unpack(w, work[i].first, work[i].end, number, static_cast<uint8_t*>(to) + work[i].first * line);
-  });
+  };
+  parallel_for(int(work.size()), num_threads, unpack_piece, Team::TORCH);  // for torch's product
 }
 
 void before_attention(const DecoderLayer& layer, const void* hidden, int count, const Positions& positions, float* q, void* keys,
@@ -127,7 +128,7 @@ void before_attention(const DecoderLayer& layer, const void* hidden, int count, 
   float* outputs[] = {q, mem.k.data(), mem.v.data()};
   const std::vector<Piece> work = pieces({layer.q.rows, layer.k.rows, layer.v.rows}, num_threads);
   const float *from = mem.normed.x.data(), *sums = mem.normed.sums.data();
-  parallel_for(int(work.size()), num_threads, [&](int i, int) {
+  parallel_for(int(work.size()), num_threads, [&](int i) {
     const Weight& w = *weights[work[i].which];
     k.multiply(w, from, sums, count, work[i].first, work[i].end, outputs[work[i].which], w.rows);
   });
@@ -168,7 +169,7 @@ void after_attention(const DecoderLayer& layer, const void* hidden, const float*
 
   const auto multiply_all = [&](const Weight& w, const Vectors& from, float* to) {
     const std::vector<Piece> work = pieces({w.rows}, num_threads);
-    parallel_for(int(work.size()), num_threads, [&](int i, int) {
+    parallel_for(int(work.size()), num_threads, [&](int i) {
       k.multiply(w, from.x.data(), from.sums.data(), count, work[i].first, work[i].end, to, w.rows);
     });
   };
@@ -184,7 +185,7 @@ void after_attention(const DecoderLayer& layer, const void* hidden, const float*
   float *gate = mem.inner.x.data(), *up = mem.up.data();
   const std::vector<Piece> work = pieces({inner}, num_threads);
   const float *from = mem.normed.x.data(), *sums = mem.normed.sums.data();
-  parallel_for(int(work.size()), num_threads, [&](int i, int) {
+  parallel_for(int(work.size()), num_threads, [&](int i) {
     const Piece& p = work[i];
     k.multiply(layer.gate, from, sums, count, p.first, p.end, gate, inner);
     k.multiply(layer.up, from, sums, count, p.first, p.end, up, inner);

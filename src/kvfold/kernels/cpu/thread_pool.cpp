@@ -9,6 +9,7 @@
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <unistd.h>
 #endif
 
@@ -31,60 +32,70 @@ int64_t process() {
 #endif
 }
 
-class ThreadPool {
+// Tasks that threads take one at a time. An exception (no memory, say) ends the loop; the caller gets the first one, whichever
+// thread it came from.
+class Loop {
  public:
-  void run(int num_tasks, int num_threads, const std::function<void(int, int)>& work) {
-    while (int(workers_.size()) < num_threads - 1) {
-      workers_.emplace_back(&ThreadPool::serve, this, int(workers_.size()) + 1, generation_.load());
-    }
-    next_.store(0);
-    failure_ = nullptr;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      job_ = {&work, num_tasks, num_threads};
-      generation_.fetch_add(1);
-    }
-    wake_.notify_all();
-    take_tasks(job_, 0);
-    {  // Who has not come by now need not: nothing is left to take.
-      std::lock_guard<std::mutex> lock(mutex_);
-      job_.work = nullptr;
-    }
-    // On a machine with more work than cores the last worker may not be running: then it needs this core.
-    for (int i = 0; active_.load(std::memory_order_acquire) > 0; i++) i < kSpins ? pause() : std::this_thread::yield();
-    if (failure_) std::rethrow_exception(failure_);
-  }
+  Loop(int num_tasks, const std::function<void(int)>& work) : num_tasks_(num_tasks), work_(work) {}
 
- private:
-  struct Job {
-    const std::function<void(int, int)>* work = nullptr;
-    int num_tasks = 0, num_threads = 0;
-  };
-
-  // An exception (no memory, say) ends the job; the caller gets the first one, whichever thread it came from.
-  void take_tasks(Job job, int thread) {
+  void take() {
     try {
-      for (int task; (task = next_.fetch_add(1)) < job.num_tasks;) (*job.work)(task, thread);
+      for (int task; (task = next_.fetch_add(1)) < num_tasks_;) work_(task);
     } catch (...) {
-      next_.store(job.num_tasks);
+      next_.store(num_tasks_);
       std::lock_guard<std::mutex> lock(mutex_);
       if (!failure_) failure_ = std::current_exception();
     }
   }
 
+  void end() const {
+    if (failure_) std::rethrow_exception(failure_);
+  }
+
+ private:
+  const int num_tasks_;
+  const std::function<void(int)>& work_;
+  std::atomic<int> next_{0};
+  std::mutex mutex_;
+  std::exception_ptr failure_;
+};
+
+class ThreadPool {
+ public:
+  void run(Loop& loop, int num_threads) {
+    while (int(workers_.size()) < num_threads - 1) {
+      workers_.emplace_back(&ThreadPool::serve, this, int(workers_.size()) + 1, generation_.load());
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      loop_ = &loop;
+      num_threads_ = num_threads;
+      generation_.fetch_add(1);
+    }
+    wake_.notify_all();
+    loop.take();
+    {  // Who has not come by now need not: nothing is left to take.
+      std::lock_guard<std::mutex> lock(mutex_);
+      loop_ = nullptr;
+    }
+    // On a machine with more work than cores the last worker may not be running: then it needs this core.
+    for (int i = 0; active_.load(std::memory_order_acquire) > 0; i++) i < kSpins ? pause() : std::this_thread::yield();
+  }
+
+ private:
   void serve(int thread, uint64_t seen) {
     for (;;) {
       for (int i = 0; i < kSpins && generation_.load(std::memory_order_acquire) == seen; i++) pause();
-      Job job;
+      Loop* loop;
       {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return generation_.load() != seen; });
         seen = generation_.load();
-        if (!job_.work || thread >= job_.num_threads) continue;
-        job = job_;
+        if (!loop_ || thread >= num_threads_) continue;
+        loop = loop_;
         active_.fetch_add(1);
       }
-      take_tasks(job, thread);
+      loop->take();
       active_.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -92,30 +103,59 @@ class ThreadPool {
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  Job job_;
+  Loop* loop_ = nullptr;
+  int num_threads_ = 0;
   std::atomic<uint64_t> generation_{0};
-  std::atomic<int> next_{0}, active_{0};
-  std::exception_ptr failure_;
+  std::atomic<int> active_{0};
 };
 
 std::mutex in_use;
 ThreadPool* pool = nullptr;  // never deleted: its threads wait until the process ends
 int64_t owner = 0;
 
+// OpenMP's `parallel`, as compilers call it, of the library that torch has loaded; null where torch has none that can be seen.
+using Parallel = void (*)(void (*work)(void*), void* data, unsigned num_threads, unsigned flags);
+
+Parallel find_parallel() {
+#if defined(__unix__) || defined(__APPLE__)
+  return reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#else
+  return nullptr;
+#endif
+}
+
+const int64_t loaded_in = process();
+
+// Not in a forked child: it has none of OpenMP's threads, and the library would wait for them.
+Parallel torch_threads() {
+  static const Parallel found = find_parallel();
+  return process() == loaded_in ? found : nullptr;
+}
+
 }  // namespace
 
-void parallel_for(int num_tasks, int num_threads, const std::function<void(int, int)>& work) {
-  std::unique_lock<std::mutex> lock(in_use, std::try_to_lock);
-  num_threads = num_tasks < num_threads ? num_tasks : num_threads;
-  if (num_threads <= 1 || !lock.owns_lock()) {
-    for (int task = 0; task < num_tasks; task++) work(task, 0);
+void parallel_for(int num_tasks, int num_threads, const std::function<void(int)>& work, Team team) {
+  if (num_tasks <= 1 || num_threads <= 1) {
+    for (int task = 0; task < num_tasks; task++) work(task);
     return;
   }
-  if (!pool || owner != process()) {  // a forked child has none of the threads
-    pool = new ThreadPool();
-    owner = process();
+  Loop loop(num_tasks, work);
+  if (const Parallel parallel = team == Team::TORCH ? torch_threads() : nullptr) {
+    // As many threads as torch takes, whatever the number of tasks: other numbers would make OpenMP end some, and start them anew.
+    parallel([](void* given) { static_cast<Loop*>(given)->take(); }, &loop, unsigned(num_threads), 0);
+  } else {
+    std::unique_lock<std::mutex> lock(in_use, std::try_to_lock);
+    if (lock.owns_lock()) {
+      if (!pool || owner != process()) {  // a forked child has none of the threads
+        pool = new ThreadPool();
+        owner = process();
+      }
+      pool->run(loop, num_tasks < num_threads ? num_tasks : num_threads);
+    } else {
+      loop.take();
+    }
   }
-  pool->run(num_tasks, num_threads, work);
+  loop.end();
 }
 
 }  // namespace kvfold

@@ -4,8 +4,13 @@
 
 namespace kvfold {
 
-// Calls work(task, thread) for every task in [0, num_tasks), on up to `num_threads` threads; `thread` counts from 0, the
-// caller. One call at a time uses the threads: a second one from another thread meanwhile runs on its caller alone.
-void parallel_for(int num_tasks, int num_threads, const std::function<void(int task, int thread)>& work);
+// Who works beside the caller. OWN threads serve the compiled step, in which torch does nothing. Between torch's own operations,
+// as in a prompt, its threads are the better ones: those of OpenMP go on asking for work for milliseconds after each operation,
+// and would keep others from the cores.
+enum class Team { OWN, TORCH };
+
+// Calls work(task) for every task in [0, num_tasks), on up to `num_threads` threads. Where torch's threads can't be had, OWN ones
+// work. One call at a time uses those: a second one from another thread meanwhile runs on its caller alone.
+void parallel_for(int num_tasks, int num_threads, const std::function<void(int task)>& work, Team team = Team::OWN);
 
 }  // namespace kvfold
