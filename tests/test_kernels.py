@@ -283,11 +283,11 @@ from kvfold.attention.dispatch import attend
 from kvfold.attention.reference import Query
 from kvfold.segment import Run
 run = Run(*torch.randn(2, 8, 4096, 64), torch.arange(4096).int().expand(8, -1))
-query = Query(torch.randn(8, 3, 64), torch.tensor([4096]), 3)
-before = attend([(run, query)]).out
+few, many = (Query(torch.randn(8, 3 * n, 64), 4096 + torch.arange(n), 3) for n in (1, 8))  # kvfold's threads, and torch's
+before = [attend([(run, query)]).out for query in (few, many)]
 child = os.fork()
 if not child:
-    os._exit(int(not torch.equal(before, attend([(run, query)]).out)))
+    os._exit(int(not all(torch.equal(out, attend([(run, query)]).out) for out, query in zip(before, (few, many)))))
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=dict(os.environ))

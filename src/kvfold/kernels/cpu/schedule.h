@@ -33,6 +33,9 @@ struct Positions {
   bool same;
 };
 
+// Those of the instruction set that is chosen.
+const StepKernels& step_kernels();
+
 // y [count, rows] = x [count, columns] · weightᵀ + bias; count up to kMostVectors.
 void linear(const Weight&, Number, const void* x, int count, void* y, int num_threads);
 
@@ -85,6 +88,30 @@ void go(Turnover&, Number, const float* rank, const std::vector<int64_t>& first_
 
 // With `moves`: where none has to go, the token that came takes the first free place of its blocks, if there is one.
 void settle(Turnover&, Number, float* score);
+
+// -- many tokens: what is between the products of a layer, in chunk.cpp ------------------------------------------------------
+
+// The heads of queries, keys or values.
+struct Heads {
+  int count, head_dim;
+  Norm norm;
+};
+
+// y [count, size] = norm(x)
+void normalize_tokens(const Norm&, Number, const void* x, int64_t count, int size, void* y, int num_threads);
+
+// x [batch, length, heads * D] to y [batch, heads, length, D], normed where heads are, at their positions where they have any:
+// [batch * length, size].
+void place_heads(const Heads&, Number, const void* x, int batch, int length, const Positions*, void* y, int num_threads);
+
+// sum [count, size] = hidden + of_x(x), and normed = of_sum(sum) where it is not null.
+void add_tokens(const Norm& of_x, const Norm& of_sum, Number, const void* hidden, const void* x, int64_t count, int size, void* sum,
+                void* normed, int num_threads);
+
+// gate [count, size] = act(gate) * up
+void gate_tokens(Activation, Number, void* gate, const void* up, int64_t count, int size, int num_threads);
+
+// ----------------------------------------------------------------------------------------------------------------------------
 
 // The whole layer for the next token of every sequence: `hidden [count, H]` to `out [count, H]`; its keys and values go to the tail.
 void step(const DecoderLayer&, Tail&, const void* hidden, int count, const Positions&, float scaling, float softcap, void* out,

@@ -16,21 +16,6 @@ namespace {
 
 constexpr int kTasksPerThread = 4;  // so that threads of unequal speed end together
 
-const StepKernels& step_kernels() {
-  const std::string name = kernels().name;
-#ifdef KVFOLD_X86
-  if (name == kAvx512Step.name) return kAvx512Step;
-  if (name == kAvx2Step.name) return kAvx2Step;
-#ifdef KVFOLD_AVX512_BF16
-  if (name == kAvx512Bf16Step.name) return kAvx512Bf16Step;
-#endif
-#ifdef KVFOLD_AVX_VNNI
-  if (name == kAvxVnniStep.name) return kAvxVnniStep;
-#endif
-#endif
-  return kPortableStep;
-}
-
 // Rows [first, end) of one of several matrices that are multiplied with the same vectors.
 struct Piece {
   int which, first, end;
@@ -84,6 +69,21 @@ void normalize_all(const StepKernels& k, const Norm& norm, const float* x, int c
 }
 
 }  // namespace
+
+const StepKernels& step_kernels() {
+  const std::string name = kernels().name;
+#ifdef KVFOLD_X86
+  if (name == kAvx512Step.name) return kAvx512Step;
+  if (name == kAvx2Step.name) return kAvx2Step;
+#ifdef KVFOLD_AVX512_BF16
+  if (name == kAvx512Bf16Step.name) return kAvx512Bf16Step;
+#endif
+#ifdef KVFOLD_AVX_VNNI
+  if (name == kAvxVnniStep.name) return kAvxVnniStep;
+#endif
+#endif
+  return kPortableStep;
+}
 
 void linear(const Weight& w, Number number, const void* x, int count, void* y, int num_threads) {
   const StepKernels& k = step_kernels();

@@ -70,15 +70,15 @@ def packed_weight(form: str, data: torch.Tensor, rows: int, columns: int, bias: 
     """Tiles, `[ceil(rows / 16), columns / 32, TILE_BYTES[form]] uint8`."""
     if columns % GROUP:
         raise ValueError(f"{columns} columns are no multiple of {GROUP}")
-    _check("packed weight", data, (-(-rows // TILE_ROWS), columns // GROUP, TILE_BYTES[form]), torch.uint8)
+    check("packed weight", data, (-(-rows // TILE_ROWS), columns // GROUP, TILE_BYTES[form]), torch.uint8)
     return _weight(_PACKED[form], data, rows, columns, bias)
 
 
 def _weight(form: int, data: torch.Tensor, rows: int, columns: int, bias: torch.Tensor | None) -> Weight:
-    _check("weight", data, tuple(data.shape), data.dtype)
+    check("weight", data, tuple(data.shape), data.dtype)
     if bias is not None:
         bias = bias.detach().float().contiguous()
-        _check("bias", bias, (rows,), torch.float32)
+        check("bias", bias, (rows,), torch.float32)
     native = cpu._native.weight(form, data.data_ptr(), rows, columns, 0 if bias is None else bias.data_ptr())
     return Weight(native, rows, columns, data, bias)
 
@@ -86,7 +86,7 @@ def _weight(form: int, data: torch.Tensor, rows: int, columns: int, bias: torch.
 def norm(weight: torch.Tensor | None, eps: float) -> Norm:
     """y = x / sqrt(mean(x²) + eps) · weight."""
     if weight is not None:
-        _check("norm", weight, (weight.numel(),), torch.float32)
+        check("norm", weight, (weight.numel(),), torch.float32)
     return Norm(cpu._native.norm(0 if weight is None else weight.data_ptr(), eps), weight)
 
 
@@ -94,10 +94,10 @@ def linear(weight: Weight, x: torch.Tensor) -> torch.Tensor:
     """`x [..., columns]` to `[..., rows]` in x's type; up to MOST_VECTORS vectors."""
     x = x.contiguous()
     count = _count(x, weight.columns)
-    _check("x", x, tuple(x.shape), x.dtype)
+    check("x", x, tuple(x.shape), x.dtype)
     out = x.new_empty(*x.shape[:-1], weight.rows)
     if count:
-        _choose()
+        choose()
         cpu._native.linear(weight.native, NUMBERS[x.dtype], x.data_ptr(), count, out.data_ptr(), torch.get_num_threads())
     return out
 
@@ -107,7 +107,7 @@ def unpack(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     if weight.data.dtype != torch.uint8:
         raise ValueError(f"the weight is not packed, it is {weight.data.dtype}")
     out = torch.empty(weight.rows, weight.columns, dtype=dtype)
-    _choose()
+    choose()
     cpu._native.unpack(weight.native, NUMBERS[dtype], out.data_ptr(), torch.get_num_threads())
     return out
 
@@ -170,8 +170,8 @@ class DecoderLayer:
         sizes = (self.hidden, head_dim, head_dim, self.hidden, self.hidden, self.hidden)
         for one, size in zip(norms, sizes, strict=True):
             if one.weight is not None:
-                _check("norm", one.weight, (size,), torch.float32)
-        self.weights, self.norms = weights, norms
+                check("norm", one.weight, (size,), torch.float32)
+        self.weights, self.norms, self.activation = weights, norms, activation
         native = [[w.native for w in weights], [n.native for n in norms]]
         self._native = cpu._native.decoder_layer(
             NUMBERS[dtype], ACTIVATIONS[activation], num_query_heads, num_kv_heads, head_dim, *native
@@ -193,7 +193,7 @@ class DecoderLayer:
         q = torch.empty(batch, length, self.num_query_heads, self.head_dim)
         k = torch.empty(batch, length, self.num_kv_heads, self.head_dim, dtype=self.dtype)
         v = torch.empty_like(k)
-        _choose()
+        choose()
         cpu._native.before_attention(
             self._native,
             *_asked(hidden, cos, sin, same),
@@ -215,7 +215,7 @@ class DecoderLayer:
         """
         cos, sin, same = self._positions(hidden, cos, sin)
         out = torch.empty_like(hidden)
-        _choose()
+        choose()
         cpu._native.step(
             self._native,
             tail,
@@ -259,8 +259,8 @@ class DecoderLayer:
         attended = torch.empty(hidden.shape[0], 1, self.num_query_heads, self.head_dim)
         inv_freq, by = shift if shift else (None, 0)
         if inv_freq is not None:
-            _check("inv_freq", inv_freq, (cos.shape[-1] // 2,), torch.float32)
-        _choose()
+            check("inv_freq", inv_freq, (cos.shape[-1] // 2,), torch.float32)
+        choose()
         cpu._native.come(
             self._native,
             turnover,
@@ -284,10 +284,10 @@ class DecoderLayer:
     def after_attention(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The layer's output `[B, Q, H]`, given its input and `attended [B, Q, Hq, D] float32`."""
         batch, length, _ = hidden.shape
-        _check("hidden", hidden, (batch, length, self.hidden), self.dtype)
-        _check("attended", attended, (batch, length, self.num_query_heads, self.head_dim), torch.float32)
+        check("hidden", hidden, (batch, length, self.hidden), self.dtype)
+        check("attended", attended, (batch, length, self.num_query_heads, self.head_dim), torch.float32)
         out = torch.empty_like(hidden)
-        _choose()
+        choose()
         cpu._native.after_attention(
             self._native, hidden.data_ptr(), attended.data_ptr(), batch * length, out.data_ptr(), torch.get_num_threads()
         )
@@ -296,13 +296,13 @@ class DecoderLayer:
     def _positions(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Cosines and sines as the compiled code takes them, and whether all tokens have the same; everything is checked."""
         batch, length, _ = hidden.shape
-        _check("hidden", hidden, (batch, length, self.hidden), self.dtype)
+        check("hidden", hidden, (batch, length, self.hidden), self.dtype)
         rotary = cos.shape[-1]
         same = cos.shape[0] == length == 1
         if not same and cos.shape[0] != batch:
             cos, sin = (x.expand(batch, -1, -1).contiguous() for x in (cos, sin))
-        _check("cos", cos, (1 if same else batch, length, rotary), cos.dtype)
-        _check("sin", sin, tuple(cos.shape), cos.dtype)
+        check("cos", cos, (1 if same else batch, length, rotary), cos.dtype)
+        check("sin", sin, tuple(cos.shape), cos.dtype)
         if rotary > self.head_dim or rotary % 2:
             raise ValueError(f"positions of {rotary} channels for heads of {self.head_dim}")
         return cos, sin, same
@@ -314,7 +314,7 @@ def _asked(hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, same: boo
     return hidden.data_ptr(), count, NUMBERS[cos.dtype], cos.data_ptr(), sin.data_ptr(), cos.shape[-1], same
 
 
-def _choose() -> None:
+def choose() -> None:
     name = cpu.chosen()
     if name is None:
         raise ValueError(f"the compiled kernels are not there, or turned off by {cpu.VARIABLE}")
@@ -330,7 +330,7 @@ def _count(x: torch.Tensor, columns: int) -> int:
     return count
 
 
-def _check(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def check(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if x.dtype != dtype or x.shape != shape or not x.is_contiguous() or not x.is_cpu or dtype not in _KNOWN:
         is_so = f"{x.dtype} {tuple(x.shape)} strides {x.stride()} on {x.device}"
         raise ValueError(f"{name} must be {dtype} {shape}, contiguous, on the CPU; it is {is_so}")

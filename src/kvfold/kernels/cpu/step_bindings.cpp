@@ -144,6 +144,27 @@ void bind_step(nb::module_& m) {
     before_attention(layer, pointer<void>(hidden), count, positions, pointer<float>(q), pointer<void>(keys),
                      pointer<void>(values), num_threads);
   });
+  m.def("normalize_tokens", [](const Norm& norm, int number, uintptr_t x, int64_t count, int size, uintptr_t y, int num_threads) {
+    nb::gil_scoped_release release;
+    normalize_tokens(norm, Number(number), pointer<void>(x), count, size, pointer<void>(y), num_threads);
+  });
+  m.def("place_heads", [](const Norm& norm, int heads, int head_dim, int number, uintptr_t x, int batch, int length,
+                          int number_of_positions, uintptr_t cos, uintptr_t sin, int size, uintptr_t y, int num_threads) {
+    nb::gil_scoped_release release;
+    const Positions positions = {Number(number_of_positions), pointer<void>(cos), pointer<void>(sin), size, false};
+    const Heads of = {heads, head_dim, norm};
+    place_heads(of, Number(number), pointer<void>(x), batch, length, size ? &positions : nullptr, pointer<void>(y), num_threads);
+  });
+  m.def("add_tokens", [](const Norm& of_x, const Norm& of_sum, int number, uintptr_t hidden, uintptr_t x, int64_t count, int size,
+                         uintptr_t sum, uintptr_t normed, int num_threads) {
+    nb::gil_scoped_release release;
+    add_tokens(of_x, of_sum, Number(number), pointer<void>(hidden), pointer<void>(x), count, size, pointer<void>(sum),
+               pointer<void>(normed), num_threads);
+  });
+  m.def("gate_tokens", [](int activation, int number, uintptr_t gate, uintptr_t up, int64_t count, int size, int num_threads) {
+    nb::gil_scoped_release release;
+    gate_tokens(Activation(activation), Number(number), pointer<void>(gate), pointer<void>(up), count, size, num_threads);
+  });
   m.def("after_attention", [](const DecoderLayer& layer, uintptr_t hidden, uintptr_t attended, int count, uintptr_t out,
                               int num_threads) {
     check(count);

@@ -72,13 +72,29 @@ inline words_of_vector to_bf16(vf x) {
   return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), words_of_vector);
 }
 
+inline words_of_vector to_half(vf x) {
+#if defined(__AVX512F__)
+  return bits<words_of_vector>(_mm512_cvtps_ph(bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  return bits<words_of_vector>(_mm256_cvtps_ph(bits<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+#else
+  words_of_vector words;
+  for (int i = 0; i < W; i++) words[i] = to_half(x[i]);
+  return words;
+#endif
+}
+
 void save_numbers(Number number, const float* from, int64_t count, void* to) {
-  int64_t i = 0;
-  for (; number == Number::BF16 && i + W <= count; i += W) {
-    const words_of_vector words = to_bf16(load(from + i));
+  if (number == Number::F32) {
+    memcpy(to, from, sizeof(float) * count);
+    return;
+  }
+  const int64_t whole = count - count % W;
+  for (int64_t i = 0; i < whole; i += W) {
+    const words_of_vector words = number == Number::BF16 ? to_bf16(load(from + i)) : to_half(load(from + i));
     memcpy(static_cast<uint16_t*>(to) + i, &words, sizeof(words));
   }
-  for (; i < count; i++) put_number(number, from[i], to, i);
+  for (int64_t i = whole; i < count; i++) put_number(number, from[i], to, i);
 }
 
 void normalize(const Norm& norm, const float* x, int count, float* y) {
@@ -272,7 +288,13 @@ void gated(Activation activation, float* gate, const float* up, int count) {
 
 void turn(float* x, const float* cos, const float* sin, int size) {
   const int half = size / 2;
-  for (int i = 0; i < half; i++) {
+  int i = 0;
+  for (; i + W <= half; i += W) {
+    const vf a = load(x + i), b = load(x + i + half);
+    store(x + i, a * load(cos + i) - b * load(sin + i));
+    store(x + i + half, b * load(cos + i + half) + a * load(sin + i + half));
+  }
+  for (; i < half; i++) {
     const float a = x[i], b = x[i + half];
     x[i] = a * cos[i] - b * sin[i];
     x[i + half] = b * cos[i + half] + a * sin[i + half];
