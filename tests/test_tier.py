@@ -293,11 +293,13 @@ class TieredMachine(BlocksMachine):
         pool = self.blocks.pool
         assert isinstance(pool, TieredPool)
         pool.spill([10**6] * self.rows)
-        used = pool.table[pool.table >= 0].unique()
-        owned = max(pool.num_blocks())
-        assert bool((pool.where[used] >= 0).all())
-        assert int((pool.where == HOST).sum()) <= self.rows
-        assert not pool.fields or bool((pool.where[used] == DISK).any()) == (owned > 2)
+        wanted: dict[int, int] = {}
+        for (
+            ids
+        ) in pool.table.tolist():  # of each row the newest block on the device, the one before in memory; beams share blocks
+            for age, block in enumerate(reversed([i for i in ids if i >= 0])):
+                wanted[block] = min(wanted.get(block, DISK), (DEVICE, HOST, DISK)[min(age, 2)])
+        assert not pool.fields or {i: int(pool.where[i]) for i in wanted} == wanted
 
     @precondition(lambda self: any(self.model))
     @rule()
