@@ -316,7 +316,7 @@ void merge(const Shape& shape, const Task* tasks, int count, int row, float* out
     if (last) {
       float* back = workspace + 2 * size;
       memset(back, 0, sizeof(float) * size);
-      rotate(turned.out, ld, matrix, true, vectors, d, back, ld);
+      rotate(turned.out, ld, matrix, true, vectors, d, back, ld, workspace + 3 * size + 4 * vectors);
       add(whole, back, turned.top, turned.total, vectors, ld);
     }
   }
@@ -352,7 +352,7 @@ void mass(const Shape& shape, const Task& whole, const float* lse, float* receiv
 }
 
 int64_t workspace(const Shape& shape, const Part& part, int vectors) {
-  const int64_t merging = int64_t(vectors) * (3 * rounded_up(shape.head_dim, W) + 4);
+  const int64_t merging = int64_t(vectors) * (3 * rounded_up(shape.head_dim, W) + 4) + rotation_floats(vectors, shape.head_dim);
   const int num_rows = shape.rows < rows_together(vectors) ? shape.rows : rows_together(vectors);
   const Workspace w(shape, part, vectors, num_rows, nullptr);
   const int64_t attending = w.size + (vectors > kDirectVectors ? Panels(shape, w, vectors, nullptr).size : 0);

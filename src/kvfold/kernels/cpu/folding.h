@@ -202,8 +202,18 @@ bool in_integers(const Side& side, int lines, int columns, int vectors) {
   return integers_pay(side.kind) && lines % 4 == 0 && in_registers(side, columns, vectors);
 }
 
-// to [vectors, D] = from · matrix, or · its transpose
-void rotate(const float* from, int ld_from, const float* matrix, bool transposed, int vectors, int d, float* to, int ld_to) {
+// Floats that `rotate` needs for its transposed matrix.
+inline int64_t rotation_floats(int vectors, int d) { return vectors > kDirectVectors ? int64_t(d) * d : 0; }
+
+// to [vectors, D] = from · matrix, or · its transpose, for which many vectors turn the matrix first, into `room`.
+void rotate(const float* from, int ld_from, const float* matrix, bool transposed, int vectors, int d, float* to, int ld_to, float* room) {
+  if (transposed && room && rotation_floats(vectors, d)) {
+    for (int i = 0; i < d; i++) {
+      for (int j = 0; j < d; j++) room[i * d + j] = matrix[j * d + i];
+    }
+    matrix = room;
+    transposed = false;
+  }
   const Matrix rotation = {reinterpret_cast<const uint8_t*>(matrix), int64_t(sizeof(float)) * d, d, d, 1};
   if (d % W == 0 && transposed) {
     along(Kind::F32, rotation, from, vectors, ld_from, nullptr, 0, to, ld_to, false);
@@ -227,7 +237,7 @@ void load_queries(const Shape& shape, const Task& task, float* to, int ld) {
   const float* q = task.part->q + (int64_t(task.row) * shape.groups * shape.queries + task.first) * d;
   memset(to, 0, sizeof(float) * vectors * ld);
   if (const float* matrix = task.part->segment->k.rotation) {
-    rotate(q, d, matrix, false, vectors, d, to, ld);
+    rotate(q, d, matrix, false, vectors, d, to, ld, nullptr);
     return;
   }
   for (int m = 0; m < vectors; m++) memcpy(to + int64_t(m) * ld, q + int64_t(m) * d, sizeof(float) * d);
