@@ -21,7 +21,7 @@ from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 from kvfold.kernels import triton as family
-from kvfold.kernels.triton import encoding, launch, tuning
+from kvfold.kernels.triton import encoding, launch, tuning, turnover
 from kvfold.plan import Plan
 from kvfold.site import Site
 
@@ -80,11 +80,14 @@ def main() -> None:
     tuning.choose = launch.choose = lambda *args: tuning.default(torch.device("cpu"))  # type: ignore[assignment]
     kernels = {name: getattr(launch, name) for name in ("attend_kernel", "mass_kernel", "merge_kernel", "received_kernel")}
     encoders = {name: getattr(encoding, name) for name in ("encode_kernel", "encode_float8_kernel")}
+    policies = {name: getattr(turnover, name) for name in ("come_kernel", "leave_kernel", "exchange_kernel")}
     for plan in sys.argv[3:]:
         for name, kernel in kernels.items():
             setattr(launch, name, Compiled(plan, name, kernel))
         for name, kernel in encoders.items():
             setattr(encoding, name, Compiled(plan, name, kernel))
+        for name, kernel in policies.items():
+            setattr(turnover, name, Compiled(plan, name, kernel))
         codec = Plan.parse(plan).store.codec(Site(HEAD_DIM, torch.bfloat16))
         k, v = torch.zeros(2, 2 * HEADS, codec.block, HEAD_DIM).bfloat16()
         fields = codec.encode(k, v)
@@ -107,9 +110,26 @@ def main() -> None:
             [family.Look(thinned, torch.zeros(HEADS, GROUPS, HEAD_DIM), None, (), (), None, scores)], at[:1], GROUPS, None
         )
         launch.received(scores, torch.zeros(HEADS, GROUPS), False)
+        _take_turns(table)
         for side, x in ((codec.k, k), (codec.v, v)):
             if family.encodes(side, codec.block, *x.shape[-2:]):
                 family.encode(side, x)
+
+
+def _take_turns(table: torch.Tensor) -> None:
+    """One token comes and one goes, in all ways."""
+    tokens = 64
+    pool, run_k, run_v = torch.zeros(2 * HEADS, tokens).int(), *torch.zeros(2, HEADS, 1, HEAD_DIM).bfloat16()
+    one, scores = torch.zeros(1, dtype=torch.int64), torch.zeros(HEADS, 2 * tokens + 1)
+    slots = torch.zeros(HEADS, 1, dtype=torch.int32)
+    turnover.come(run_k, run_v, one, one, (run_k, run_v, slots), (scores, torch.zeros(HEADS, 1)))
+    turnover.come(run_k, run_v, one, one, (run_k, run_v, slots), None)
+    for goes, moves in ((one, True), (one, False), (None, True)):
+        for ranked in (True, False):
+            both = (scores, scores) if ranked else None
+            turnover.leave(table, pool, slots, goes, (scores, one) if ranked else None, both, moves)
+    fields = [(torch.zeros(2 * HEADS * tokens, HEAD_DIM).bfloat16(), run_k[:, 0])] * 2
+    turnover.exchange(fields, torch.zeros(HEADS, dtype=torch.int64))
 
 
 if __name__ == "__main__":

@@ -91,9 +91,13 @@ class Graph:
         given = [*zip(func._schema.arguments, args, strict=False), *((of_names[name], x) for name, x in kwargs.items())]
         for argument, x in given:
             if argument.alias_info is not None and argument.alias_info.is_write:
-                for written in tree_leaves(x):
-                    storage = written.untyped_storage()
-                    self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+                self.keep(tree_leaves(x))
+
+    def keep(self, written: list[Any]) -> None:
+        """Tensors that are about to be written over."""
+        for x in written:
+            storage = x.untyped_storage()
+            self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
 
     def captured(self) -> None:
         """Puts everything back that capturing has written over; what it has made holds nothing yet."""
@@ -180,8 +184,10 @@ class PretendGPU(TorchDispatchMode):
 
         return tree_map(wrapped, result)
 
-    def launched(self, kernel: Callable[[], object]) -> None:
-        """Runs a kernel, which reads and writes `host` memory."""
+    def launched(self, kernel: Callable[[], object], given: list[Any]) -> None:
+        """Runs a kernel, which reads and writes the memory that it is given."""
+        if self.graph is not None:
+            self.graph.keep([x for x in given if isinstance(x, torch.Tensor)])
         kernel()
         if self.graph is not None:
             self.graph.steps.append(kernel)
@@ -317,7 +323,7 @@ def _register_guard() -> None:
 def with_kernels(device: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention by the Triton kernels, in their interpreter."""
     from kvfold.kernels import triton
-    from kvfold.kernels.triton import encoding, launch
+    from kvfold.kernels.triton import encoding, launch, turnover
 
     class Launched:
         def __init__(self, kernel: Any):
@@ -326,7 +332,7 @@ def with_kernels(device: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             def run(*args: Any, **kwargs: Any) -> None:
                 given = tree_map(_on_host, (args, kwargs))
-                device.launched(lambda: self.kernel[grid](*given[0], **given[1]))
+                device.launched(lambda: self.kernel[grid](*given[0], **given[1]), tree_leaves(given))
 
             return run
 
@@ -337,6 +343,9 @@ def with_kernels(device: PretendGPU, monkeypatch: pytest.MonkeyPatch) -> None:
         (launch, "received_kernel"),
         (encoding, "encode_kernel"),
         (encoding, "encode_float8_kernel"),
+        (turnover, "come_kernel"),
+        (turnover, "leave_kernel"),
+        (turnover, "exchange_kernel"),
     ]:
         monkeypatch.setattr(module, name, Launched(getattr(module, name)))
     device.has_kernels = True

@@ -34,7 +34,7 @@ def test_kernels_compile_and_fit(capability: int, head_dim: int, plans: list[str
     assert run.returncode == 0, run.stderr[-3000:]
     found = [json.loads(line) for line in run.stdout.splitlines()]
     assert {(x["plan"], x["kernel"]) for x in found} >= {
-        (p, f"{k}_kernel") for p in plans for k in ("attend", "mass", "merge", "received")
+        (p, f"{k}_kernel") for p in plans for k in ("attend", "mass", "merge", "received", "come", "leave", "exchange")
     }
     assert not [x for x in found if x["queries"] == 1 and x["spilled"]]
     assert (plans == ["full"]) != any(x["kernel"] == "encode_kernel" for x in found)

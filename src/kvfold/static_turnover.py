@@ -7,6 +7,7 @@ reference.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from kvfold.static_tail import next_serial, room_of, suits, why_unread
 STEPS = 256
 """Steps whose numbers are written to the device at once, at the most."""
 _NUMBERS = 6
-_NO_SLOT = torch.iinfo(torch.int32).max
 
 
 class StaticTurnover(Candidates):
@@ -164,17 +164,12 @@ class StaticTurnover(Candidates):
             `[R, G, D] float32`.
         """
         now = Now(*self._numbers.index_select(0, self._step)[0].split(1))
-        keep, run, rows = self.eviction.keep, self.run, len(q)
-        goes = now.goes.bool()
+        keep, rows = self.eviction.keep, len(q)
         if keep.strict:  # the query is not to see what goes
-            places = self.places()
-            self._vacate(places.masked_fill(places < 0, _NO_SLOT).argmin(1), goes)
-        run.k.index_copy_(1, now.place, k)
-        run.v.index_copy_(1, now.place, v)
-        run.slots.index_copy_(1, now.place, now.slot.int().expand(rows, 1))
-        self._slots, self._step_score = self.places(), self._held_score
-        if keep.scored:
-            self._step_score.index_copy_(1, self.body.width + now.place, keep.first_score(k))
+            triton.leave(*self._slots_of_places(), now.goes)
+        score = (self._held_score, keep.first_score(k)) if keep.scored else None
+        triton.come(k, v, now.place, now.slot, (self.run.k, self.run.v, self.run.slots), score)
+        self._step_score = self._held_score
         out, mass = self._attend(q.contiguous(), now, softcap)
         state = dict(self.state)
         ctx = OnDevice(self, now, state, self.eviction, self._aligned)
@@ -184,19 +179,12 @@ class StaticTurnover(Candidates):
             if keep.measure == "hits":
                 mass = (mass * now.seen >= 1).float()
             self.set_score(keep.update(self._step_score, mass, ctx))
-        target = None if keep.strict else self._choose(now, state, ctx)
-        if self.in_body:
-            free = (self._slots[:, : self.body.width] < 0).to(torch.uint8).argmax(1)
-            self._move(k, v, free if target is None else torch.where(goes, target, free))
-        elif target is not None:
-            self._vacate(target, goes)
-        if keep.scored and self._step_score is not self._held_score:
-            self._held_score.copy_(self._step_score)
+        self._leave(k, v, now, None if keep.strict else self._rank(now, state, ctx))
         for name, x in self.state.items():
             if state[name] is not x:
                 x.copy_(state[name])
         self._step.add_(1)
-        del self._slots, self._step_score  # nothing of a step stays but what is counted
+        del self._step_score  # nothing of a step stays but what is counted
         return out
 
     def _attend(self, q: torch.Tensor, now: Now, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -216,52 +204,42 @@ class StaticTurnover(Candidates):
         out, lse = triton.attend(looks, now.slot, groups, softcap)
         return out, None if scores is None else triton.received(scores, lse, keep.group == "max")
 
-    def _choose(self, now: Now, state: dict[str, torch.Tensor], ctx: KeepContext) -> torch.Tensor:
-        """`[R] long`: the place of the token that goes, if one does; the policy is told, if one does."""
+    def _rank(self, now: Now, state: dict[str, torch.Tensor], ctx: KeepContext) -> torch.Tensor:
+        """`[R, N]`: of each row the lowest goes, if one goes; the policy is told which, if it wants to know."""
         eviction, score, before = self.eviction, self._step_score, dict(state)
         rank = eviction.rank_beside_recent(self, ctx)
-        if eviction.keep.recent.value:
-            rank = eviction.with_recent(rank, ctx.positions, now.first_recent)
-        victim = eviction.victim(self, rank, ctx)
+        if type(eviction.keep).settle is not Keep.settle:
+            victim = eviction.victim(self, eviction.with_recent(rank, ctx.positions, now.first_recent), ctx)
+            rank = torch.full_like(rank, torch.inf).scatter_(1, victim[:, None], -torch.inf)
         goes = now.goes.bool()
         if self._step_score is not score:
             self._step_score = torch.where(goes, self._step_score, score)
         for name, x in before.items():
             if state[name] is not x:
                 state[name] = torch.where(goes, state[name], x)
-        return victim
+        return rank
 
-    def _vacate(self, victim: torch.Tensor, goes: torch.Tensor) -> None:
-        """No token is at the place `victim [R] long` of each row any more, where `goes [1] bool`."""
-        width, of_run = self.body.width, self.run.slots
-        in_body = victim < width
-        if width:
-            slots = self.body.pool.slots.view(-1)
-            at = self.body.pool.places(victim.clamp_max(width - 1)[:, None])[:, 0]
-            slots.index_copy_(0, at, slots.index_select(0, at).masked_fill(goes & in_body, -1))
-        place = (victim - width).clamp_min(0)[:, None]
-        of_run.scatter_(1, place, of_run.gather(1, place).masked_fill((goes & ~in_body)[:, None], -1))
+    def _leave(self, k: torch.Tensor, v: torch.Tensor, now: Now, rank: torch.Tensor | None) -> None:
+        """One token goes, the newest one into the blocks where that is its place, and scores to where they are held."""
+        scores = (self._held_score, self._step_score.contiguous()) if self.eviction.keep.scored else None
+        if rank is None and not self.in_body:
+            if scores and scores[1] is not scores[0]:
+                self._held_score.copy_(self._step_score)
+            return
+        ranked = None if rank is None else (rank.contiguous(), now.first_recent)
+        goes = None if rank is None else now.goes
+        address = triton.leave(*self._slots_of_places(), goes, ranked, scores, moves=self.in_body)
+        if address is None:
+            return
+        pool = self.body.pool
+        encoded = dispatch.encode(self.body.codec, k, v)
+        fields = [(pool.fields[name].flatten(0, 1), x[:, 0].contiguous()) for name, x in encoded.items()]
+        triton.exchange(fields, address)
+        self._written = partial(triton.exchange, fields, address)  # what was there is now in what was new
 
-    def _move(self, k: torch.Tensor, v: torch.Tensor, target: torch.Tensor) -> None:
-        """The newest token goes from the run to place `target [R] long` of the blocks; where that is its own, it is gone."""
-        body, width = self.body, self.body.width
-        stays, place = target < width, target.clamp_max(width - 1)[:, None]
-        at = body.pool.places(place)[:, 0]
-        new = {name: x[:, 0] for name, x in dispatch.encode(body.codec, k, v).items()} | {"": self.run.slots[:, 0]}
-        held = {name: body.pool.slots.view(-1) if name == "" else body.pool.fields[name].flatten(0, 1) for name in new}
-        old = {name: x.index_select(0, at) for name, x in held.items()}
-
-        def put_back() -> None:
-            for name, x in held.items():
-                x.index_copy_(0, at, old[name])
-
-        self._written = put_back
-        for name, x in held.items():
-            x.index_copy_(0, at, torch.where(stays.view(-1, *[1] * (x.dim() - 1)), new[name], old[name]))
-        self.run.slots.fill_(-1)
-        if self.eviction.keep.scored:
-            score = torch.where(stays[:, None], self._step_score[:, width:], self._step_score.gather(1, place))
-            self._step_score = self._step_score.scatter(1, place, score)
+    def _slots_of_places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        pool = self.body.pool
+        return pool.table, pool.slots, self.run.slots
 
     def remember(self) -> Callable[[], None]:
         """What puts everything back as it is now, after one step."""
@@ -272,6 +250,7 @@ class StaticTurnover(Candidates):
         def put_back() -> None:
             if self._written:
                 self._written()
+            self._written = None
             for x, old in zip(changing, before, strict=True):
                 x.copy_(old)
 
@@ -286,8 +265,7 @@ class StaticTurnover(Candidates):
 
     @property
     def slots(self) -> torch.Tensor:
-        """The same, as it was when the newest token had come."""
-        return self._slots
+        return self.places()
 
     def score(self) -> torch.Tensor:
         return self._step_score

@@ -337,6 +337,68 @@ def received(scores: torch.Tensor, lse: torch.Tensor, largest: bool) -> torch.Te
         return received(scores, lse, largest)
 
 
+# -- a token comes and one goes ----------------------------------------------------------------------------------------------
+
+
+def come(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    place: torch.Tensor,
+    slot: torch.Tensor,
+    run: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    score: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
+    """Puts a token of each row, `k, v [R, 1, D]`, to `place [1] long` of a run, with that `slot [1] long`.
+
+    Args:
+        run: keys and values `[R, W, D]`, slots `[R, W] int32`.
+        score: `[R, N] float32`, the run's places the last W, and what the token begins with, `[R, 1] float32`.
+    """
+    from kvfold.kernels.triton.turnover import come
+
+    with _current(k.device):
+        come(k, v, place, slot, run, score)
+
+
+def leave(
+    table: torch.Tensor,
+    pool_slots: torch.Tensor,
+    run_slots: torch.Tensor,
+    goes: torch.Tensor | None = None,
+    rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    score: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    moves: bool = False,
+) -> torch.Tensor | None:
+    """Lets a token of each row go, and the newest one into the place that it leaves.
+
+    Args:
+        table: `[R, C] long`, the blocks whose places come first.
+        pool_slots: `[P, T] int32`.
+        run_slots: `[R, W] int32`, of the places behind them; -1 where there is no token, here as there.
+        goes: `[1] long`, 0 where none has to; None where none ever has to.
+        rank: `[R, N] float32`, of which the lowest goes, of equals the oldest; and `[1] long`, the slot from which on tokens go
+            only before what ranks as infinite. None: the oldest.
+        score: `[R, N] float32` twice: becomes the second one, the newest token's at its new place.
+        moves: whether the newest token, alone in its run, goes into the blocks: where one left, or to the first free place.
+
+    Returns:
+        With `moves`, `[R] long`: where in the pool the newest token belongs (block * T + place), or -1 where it is gone itself.
+    """
+    from kvfold.kernels.triton.turnover import leave
+
+    with _current(table.device):
+        return leave(table, pool_slots, run_slots, goes, rank, score, moves)
+
+
+def exchange(fields: list[tuple[torch.Tensor, torch.Tensor]], address: torch.Tensor) -> None:
+    """Line `address[r]` of each field `[n, *]` changes places with line r of what is new, `[R, *]`; -1: nothing happens."""
+    from kvfold.kernels.triton.turnover import exchange
+
+    with _current(address.device):
+        exchange(fields, address)
+
+
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, whichever its tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -160,7 +160,7 @@ def visible(
 CHANGING = [
     *("uniform_start", "uniform_length", "num_blocks", "num_vectors", "num_queries", "num_rows", "first_split"),
     *("blocks_per_split", "num_splits", "num_all_splits", "num_groups", "width", "softcap"),
-    *("kept_row_stride", "kept_vector_stride", "kept_width"),
+    *("kept_row_stride", "kept_vector_stride", "kept_width", "num_columns", "num_places", "run_width", "row_stride"),
 ]
 
 
