@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_prompts_go_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More tokens than a step takes; gradients and hooks are the model's own affair."""
+    """More tokens than a step takes; gradients, other types and hooks are the model's own affair."""
     calls: list[str] = []
     real = chunk.normalize
     monkeypatch.setattr(chunk, "normalize", lambda *args: (calls.append("chunk"), real(*args))[1])
@@ -145,6 +145,8 @@ def test_prompts_go_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert used() == layers
     assert used(grad=True) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert used() == 0
     hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
     assert used() == layers - 1
     hook.remove()

@@ -53,6 +53,25 @@ def test_prefilled_in_inference_mode_and_used_without(plan: str) -> None:
         torch.testing.assert_close(other, outputs[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_under_autocast(plan: str) -> None:
+    """The model's products are in bfloat16, a cache's own are not: its rotations and scores stay float32."""
+    model = tiny_model(num_hidden_layers=4)
+    ids = torch.randint(3, VOCAB_SIZE, (2, 150), generator=torch.Generator().manual_seed(0))
+
+    def run(cast: bool, plan: str) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast), torch.no_grad():
+            cache = kvfold.cache(model, plan)
+            logits = [prefill(model, cache, ids, 64)[:, None]]
+            logits += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(70)]
+        assert not any(x.dtype == torch.bfloat16 for _, _, x in cache.tensors())
+        return torch.cat(logits, 1).float()
+
+    exact = run(False, plan)
+    own = (run(True, "transformers") - run(False, "transformers")).norm()
+    assert (run(True, plan) - exact).norm() <= max(2 * own, 0.05 * exact.norm())
+
+
 def test_under_inference_mode_in_threads() -> None:
     """The tier's thread reads for a model that runs under inference mode from beginning to end."""
     model = tiny_model()

@@ -110,7 +110,7 @@ class HeldLayer(CacheLayerMixin):
         if len(self.num_real) != key_states.shape[0]:
             raise ValueError(f"the cache holds {len(self.num_real)} sequences, the input has {key_states.shape[0]}")
         self.num_seen += key_states.shape[2]
-        handle = Handle(self, key_states, value_states)
+        handle = Handle(self, key_states.to(self.dtype), value_states.to(self.dtype))  # under autocast they may differ
         return handle, handle
 
     def get_seq_length(self) -> int:

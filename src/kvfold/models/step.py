@@ -29,12 +29,14 @@ from kvfold.kv_cache import KVCache
 from kvfold.layer_cache import LayerCache
 from kvfold.models import graph
 from kvfold.models.known_layer import CurrentLinear, KnownLayer, UnknownLayerError
+from kvfold.modes import in_normal_mode
 from kvfold.sliding_layer import SlidingLayer
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far two ways may differ, as a share of the norm: the model's own rounding."""
 
 
+@in_normal_mode
 def install(model: PreTrainedModel, name: str, attention: Any) -> None:
     """Compiles the step of the decoder layers and of the head that are known.
 
@@ -183,7 +185,7 @@ class CompiledLayer:
 
     def _takes(self, hidden: torch.Tensor) -> bool:
         """Whether these tokens can be compiled, with the layer as it is now."""
-        if not hidden.is_cpu or torch.is_grad_enabled():
+        if not hidden.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return False
         if not step.usable():
             return False
