@@ -16,7 +16,7 @@ compute the step of a random vector, and queries, keys, values and output must a
 each operation; before and after the products of many tokens they have the model's type.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -96,6 +96,15 @@ class CompiledLinear:
         return {"linear": self.linear, "_current": None}
 
 
+class _Given(NamedTuple):
+    """What a layer gets beside its hidden states."""
+
+    positions: tuple[torch.Tensor, torch.Tensor]
+    cache: Any
+    mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+
+
 class CompiledLayer:
     """The `forward` of a decoder layer."""
 
@@ -109,21 +118,14 @@ class CompiledLayer:
         if args or cache is None or positions is None or not self._takes(hidden_states):
             return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
         few = hidden_states.shape[0] * hidden_states.shape[1] <= step.MOST_VECTORS
-        given = hidden_states.contiguous(), positions, kwargs.get("attention_mask"), cache, kwargs.get("position_ids")
-        return self._step(*given) if few else self._chunk(*given)
+        given = _Given(positions, cache, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        return (self._step if few else self._chunk)(hidden_states.contiguous(), given)
 
-    def _step(
-        self,
-        hidden: torch.Tensor,
-        positions: Any,
-        mask: torch.Tensor | None,
-        cache: Any,
-        position_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def _step(self, hidden: torch.Tensor, given: _Given) -> torch.Tensor:
         built = self._built
         assert built is not None
-        native = built.native
-        layer = cache.layers[built.index] if isinstance(cache, KVCache) else None
+        native, positions, mask = built.native, given.positions, given.mask
+        layer = given.cache.layers[built.index] if isinstance(given.cache, KVCache) else None
         known = isinstance(layer, (LayerCache, SlidingLayer)) and layer.batch_size == len(hidden)
         if known and hidden.shape[1] == 1 and (mask is None or _newest_are_real(mask)):
             assert layer is not None
@@ -139,47 +141,39 @@ class CompiledLayer:
                 return out
         q, k, v = native.before_attention(hidden, positions[0], positions[1])
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        attended = self._attend(q, k, v, mask, cache, position_ids)
+        attended = self._attend(q, k, v, given)
         return native.after_attention(hidden, attended.float().contiguous())
 
-    def _chunk(
-        self,
-        hidden: torch.Tensor,
-        positions: Any,
-        mask: torch.Tensor | None,
-        cache: Any,
-        position_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def _chunk(self, hidden: torch.Tensor, given: _Given) -> torch.Tensor:
         built = self._built
         assert built is not None
         native = built.native
         before, of_q, of_k, after_attention, before_mlp, after_mlp = native.norms
         to_q, to_k, to_v, to_o, to_gate, to_up, to_down = built.linears
         x = chunk.normalize(before, hidden)
-        q = chunk.place(of_q, to_q(x), native.head_dim, positions)
-        k = chunk.place(of_k, to_k(x), native.head_dim, positions)
+        q = chunk.place(of_q, to_q(x), native.head_dim, given.positions)
+        k = chunk.place(of_k, to_k(x), native.head_dim, given.positions)
         v = chunk.place(None, to_v(x), native.head_dim)
-        attended = self._attend(q, k, v, mask, cache, position_ids).reshape(*hidden.shape[:2], -1)
+        attended = self._attend(q, k, v, given).reshape(*hidden.shape[:2], -1)
         hidden, x = chunk.add(after_attention, hidden, to_o(attended), before_mlp)
         inner = chunk.gated(native.activation, to_gate(x), to_up(x))
         return chunk.add(after_mlp, hidden, to_down(inner))[0]
 
-    def _attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        cache: Any,
-        position_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, given: _Given) -> torch.Tensor:
         """`[B, Q, Hq, D]`; q, k, v are `[B, heads, Q, D]`."""
         assert self._built is not None
-        key, value = cache.update(k, v, self._built.index)
+        key, value = given.cache.update(k, v, self._built.index)
         if not isinstance(key, Handle):
             q = q.to(key.dtype)
         attended, _ = self.attention(
-            self._built.attention, q, key, value, mask, scaling=self.scaling, softcap=self.softcap, position_ids=position_ids
+            self._built.attention,
+            q,
+            key,
+            value,
+            given.mask,
+            scaling=self.scaling,
+            softcap=self.softcap,
+            position_ids=given.position_ids,
         )
         return attended
 
@@ -226,8 +220,8 @@ class CompiledLayer:
             if not theirs.seen or not isinstance(wanted, torch.Tensor):
                 return False
             self.scaling, self.softcap = theirs.scaling, theirs.softcap
-            by_step = self._step(hidden, positions, None, ours)
-            by_chunk = self._chunk(hidden, positions, None, ours)
+            by_step = self._step(hidden, _Given(positions, ours))
+            by_chunk = self._chunk(hidden, _Given(positions, ours))
         pairs = [
             *zip(ours.seen, theirs.seen * 2, strict=True),
             *((got - hidden, wanted - hidden) for got in (by_step, by_chunk)),
