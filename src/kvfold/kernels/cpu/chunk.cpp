@@ -10,6 +10,7 @@ namespace kvfold {
 namespace {
 
 constexpr int kPiecesPerThread = 4;  // so that threads of unequal speed end together
+constexpr int64_t kWorthSharing = 32768;  // numbers: with fewer, as in torch, the others are not asked
 
 int64_t bytes_of(Number number) { return number == Number::F32 ? 4 : 2; }
 
@@ -25,7 +26,8 @@ void for_tokens(int64_t count, int64_t floats, int num_threads, const Work& work
     if (int64_t(memory.size()) < floats) memory.resize(floats);
     for (int64_t m = i * piece; m < std::min(count, (i + 1) * piece); m++) work(m, memory.data());
   };
-  parallel_for(int((count + piece - 1) / piece), num_threads, work_piece, Team::TORCH);
+  const int worth = count * floats >= kWorthSharing ? num_threads : 1;
+  parallel_for(int((count + piece - 1) / piece), worth, work_piece, Team::TORCH);
 }
 
 }  // namespace
