@@ -18,6 +18,7 @@ if not torch.cuda.is_available():  # read when Triton is imported: its kernels t
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)  # here already: fixtures of modules are made before those of tests
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that tests start
 
 
 @pytest.fixture(autouse=True)

@@ -162,6 +162,7 @@ import psutil, torch
 sys.path.insert(0, "tests")
 from tiny import tiny_model
 import kvfold
+from kvfold.lab.measure import give_back_free_memory
 torch.set_num_threads(1)
 model = tiny_model(hidden_size=256, head_dim=64, num_hidden_layers=8, num_key_value_heads=4, max_position_embeddings=16384)
 process, length = psutil.Process(), int(sys.argv[1])
@@ -174,6 +175,7 @@ def prefill(n):
             model(ids[:, start : start + 512], past_key_values=cache, logits_to_keep=1)
 
 prefill(1024)
+give_back_free_memory()  # what is free by now would hide what is needed, more or less of it each time
 before, peak, done = process.memory_info().rss, 0, False
 
 def watch():
