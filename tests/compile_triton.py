@@ -127,7 +127,7 @@ def _take_turns(table: torch.Tensor) -> None:
     for goes, moves in ((one, True), (one, False), (None, True)):
         for ranked in (True, False):
             both = (scores, scores) if ranked else None
-            turnover.leave(table, pool, slots, goes, (scores, one) if ranked else None, both, moves)
+            turnover.leave(table, pool, slots, goes, (scores, one) if ranked else None, both, moves=moves)
     fields = [(torch.zeros(2 * HEADS * tokens, HEAD_DIM).bfloat16(), run_k[:, 0])] * 2
     turnover.exchange(fields, torch.zeros(HEADS, dtype=torch.int64))
 

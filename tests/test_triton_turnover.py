@@ -1,6 +1,7 @@
 """One token comes and one goes, in Triton, against the same in plain Python."""
 
 import math
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,6 +20,13 @@ def _kernels_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(triton.VARIABLE, "interpret")
 
 
+def _kernels() -> ModuleType:
+    """Imported once Triton is known to be there."""
+    from kvfold.kernels.triton import turnover
+
+    return turnover
+
+
 def _long(*numbers: int) -> torch.Tensor:
     return torch.tensor(numbers, device=DEVICE)
 
@@ -32,7 +40,7 @@ def test_a_token_comes(head_dim: int, dtype: torch.dtype) -> None:
     before = [x.clone() for x in (*run, slots, score)]
     k, v = (torch.randn(ROWS, 1, head_dim, device=DEVICE).to(dtype) for _ in range(2))
     first = torch.randn(ROWS, 1, device=DEVICE)
-    triton.come(k, v, _long(4), _long(99), (run[0], run[1], slots), (score, first))
+    _kernels().come(k, v, _long(4), _long(99), (run[0], run[1], slots), (score, first))
     for old, new in zip(before, (k, v, torch.full((ROWS, 1), 99, device=DEVICE).int()), strict=False):
         old[:, 4:5] = new
     before[3][:, 24:25] = first
@@ -59,9 +67,7 @@ def test_a_token_goes(
     columns: int, run_width: int, moves: bool, most_places: int, ranked: bool, goes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one tile and in several; ranks that are equal, pinned tokens, recent ones, places without a token."""
-    from kvfold.kernels.triton import turnover
-
-    monkeypatch.setattr(turnover, "_MOST_PLACES", most_places)
+    monkeypatch.setattr(_kernels(), "_MOST_PLACES", most_places)
     tokens, generator = 16, torch.Generator().manual_seed(10 * columns + goes)
     num_places = columns * tokens + run_width
     for seed in range(6):
@@ -98,7 +104,7 @@ def test_a_token_goes(
         pool, of_run, blocks, rank, score, held = (x.contiguous().to(DEVICE) for x in (pool, of_run, blocks, rank, score, held))
         idle = pool.clone()
         given = (rank, _long(350)) if ranked else None
-        address = triton.leave(blocks, pool, of_run, _long(goes), given, (held, score), moves=moves)
+        address = _kernels().leave(blocks, pool, of_run, _long(goes), given, (held, score), moves=moves)
         assert (address.tolist() if address is not None else [-1] * ROWS) == wanted_at
         got = [
             [s for b in blocks[row].tolist() for s in (pool[b].tolist() if b >= 0 else [-1] * tokens)] + of_run[row].tolist()
@@ -115,7 +121,7 @@ def test_without_a_choice_the_newest_takes_the_first_free_place() -> None:
     table, pool = _long(1, 0)[:, None], torch.arange(8, device=DEVICE).int().view(2, 4)
     pool[1, 2:] = -1
     run = torch.tensor([[50], [50]], device=DEVICE).int()
-    address = triton.leave(table, pool, run, moves=True)
+    address = _kernels().leave(table, pool, run, moves=True)
     assert address is not None
     assert address.tolist() == [6, -1], "the second row has no place: its token is gone"
     assert pool.tolist() == [[0, 1, 2, 3], [4, 5, 50, -1]]
@@ -137,11 +143,11 @@ def test_lines_change_places(num_fields: int) -> None:
         fields.append(tuple((100 * torch.randn(n, width)).to(dtype).to(DEVICE) for n in (9, ROWS)))
     before = [(held.clone(), new.clone()) for held, new in fields]
     address = _long(7, -1, 2)
-    triton.exchange(fields, address)
+    _kernels().exchange(fields, address)
     for (held, new), (old, fresh) in zip(fields, before, strict=True):
         for row, at in ((0, 7), (2, 2)):
             old[at], fresh[row] = fresh[row].clone(), old[at].clone()
         assert torch.equal(held, old)
         assert torch.equal(new, fresh)
-    triton.exchange(fields, address)
+    _kernels().exchange(fields, address)
     assert torch.equal(fields[0][1], before[0][1].index_copy(0, _long(0, 2), before[0][0][_long(7, 2)]))

@@ -163,12 +163,14 @@ class StaticTurnover(Candidates):
         Returns:
             `[R, G, D] float32`.
         """
+        from kvfold.kernels.triton import turnover
+
         now = Now(*self._numbers.index_select(0, self._step)[0].split(1))
         keep, rows = self.eviction.keep, len(q)
         if keep.strict:  # the query is not to see what goes
-            triton.leave(*self._slots_of_places(), now.goes)
+            turnover.leave(*self._slots_of_places(), now.goes)
         score = (self._held_score, keep.first_score(k)) if keep.scored else None
-        triton.come(k, v, now.place, now.slot, (self.run.k, self.run.v, self.run.slots), score)
+        turnover.come(k, v, now.place, now.slot, (self.run.k, self.run.v, self.run.slots), score)
         self._step_score = self._held_score
         out, mass = self._attend(q.contiguous(), now, softcap)
         state = dict(self.state)
@@ -221,6 +223,8 @@ class StaticTurnover(Candidates):
 
     def _leave(self, k: torch.Tensor, v: torch.Tensor, now: Now, rank: torch.Tensor | None) -> None:
         """One token goes, the newest one into the blocks where that is its place, and scores to where they are held."""
+        from kvfold.kernels.triton import turnover
+
         scores = (self._held_score, self._step_score.contiguous()) if self.eviction.keep.scored else None
         if rank is None and not self.in_body:
             if scores and scores[1] is not scores[0]:
@@ -228,14 +232,14 @@ class StaticTurnover(Candidates):
             return
         ranked = None if rank is None else (rank.contiguous(), now.first_recent)
         goes = None if rank is None else now.goes
-        address = triton.leave(*self._slots_of_places(), goes, ranked, scores, moves=self.in_body)
+        address = turnover.leave(*self._slots_of_places(), goes, ranked, scores, moves=self.in_body)
         if address is None:
             return
         pool = self.body.pool
         encoded = dispatch.encode(self.body.codec, k, v)
         fields = [(pool.fields[name].flatten(0, 1), x[:, 0].contiguous()) for name, x in encoded.items()]
-        triton.exchange(fields, address)
-        self._written = partial(triton.exchange, fields, address)  # what was there is now in what was new
+        turnover.exchange(fields, address)
+        self._written = partial(turnover.exchange, fields, address)  # what was there is now in what was new
 
     def _slots_of_places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         pool = self.body.pool

@@ -288,7 +288,7 @@ def encode(codec: TensorCodec, x: torch.Tensor) -> Fields:
     from kvfold.kernels.triton import encoding
 
     inner = _inner(codec)
-    with _current(x.device):
+    with current(x.device):
         if isinstance(inner, Float8):
             return encoding.encode_float8(inner, _EXPONENT_BITS[inner.format], x)
         assert isinstance(inner, Affine)
@@ -310,7 +310,7 @@ def attend(
     """
     from kvfold.kernels.triton.launch import attend
 
-    with _current(slots.device):
+    with current(slots.device):
         return attend(looks, slots, num_groups, softcap)
 
 
@@ -320,7 +320,7 @@ def mass(
     """`[R, G, width] float32`: the attention that each place of the segment receives, given `lse [R, M]` of the whole."""
     from kvfold.kernels.triton.launch import mass
 
-    with _current(slots.device):
+    with current(slots.device):
         return mass(look, slots, num_groups, softcap, lse, width)
 
 
@@ -333,72 +333,10 @@ def received(scores: torch.Tensor, lse: torch.Tensor, largest: bool) -> torch.Te
     """
     from kvfold.kernels.triton.launch import received
 
-    with _current(scores.device):
+    with current(scores.device):
         return received(scores, lse, largest)
 
 
-# -- a token comes and one goes ----------------------------------------------------------------------------------------------
-
-
-def come(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    place: torch.Tensor,
-    slot: torch.Tensor,
-    run: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    score: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> None:
-    """Puts a token of each row, `k, v [R, 1, D]`, to `place [1] long` of a run, with that `slot [1] long`.
-
-    Args:
-        run: keys and values `[R, W, D]`, slots `[R, W] int32`.
-        score: `[R, N] float32`, the run's places the last W, and what the token begins with, `[R, 1] float32`.
-    """
-    from kvfold.kernels.triton.turnover import come
-
-    with _current(k.device):
-        come(k, v, place, slot, run, score)
-
-
-def leave(
-    table: torch.Tensor,
-    pool_slots: torch.Tensor,
-    run_slots: torch.Tensor,
-    goes: torch.Tensor | None = None,
-    rank: tuple[torch.Tensor, torch.Tensor] | None = None,
-    score: tuple[torch.Tensor, torch.Tensor] | None = None,
-    *,
-    moves: bool = False,
-) -> torch.Tensor | None:
-    """Lets a token of each row go, and the newest one into the place that it leaves.
-
-    Args:
-        table: `[R, C] long`, the blocks whose places come first.
-        pool_slots: `[P, T] int32`.
-        run_slots: `[R, W] int32`, of the places behind them; -1 where there is no token, here as there.
-        goes: `[1] long`, 0 where none has to; None where none ever has to.
-        rank: `[R, N] float32`, of which the lowest goes, of equals the oldest; and `[1] long`, the slot from which on tokens go
-            only before what ranks as infinite. None: the oldest.
-        score: `[R, N] float32` twice: becomes the second one, the newest token's at its new place.
-        moves: whether the newest token, alone in its run, goes into the blocks: where one left, or to the first free place.
-
-    Returns:
-        With `moves`, `[R] long`: where in the pool the newest token belongs (block * T + place), or -1 where it is gone itself.
-    """
-    from kvfold.kernels.triton.turnover import leave
-
-    with _current(table.device):
-        return leave(table, pool_slots, run_slots, goes, rank, score, moves)
-
-
-def exchange(fields: list[tuple[torch.Tensor, torch.Tensor]], address: torch.Tensor) -> None:
-    """Line `address[r]` of each field `[n, *]` changes places with line r of what is new, `[R, *]`; -1: nothing happens."""
-    from kvfold.kernels.triton.turnover import exchange
-
-    with _current(address.device):
-        exchange(fields, address)
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
+def current(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, whichever its tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

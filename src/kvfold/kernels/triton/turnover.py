@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvfold.kernels.triton import current
 from kvfold.kernels.triton.tiles import kernel
 
 _MOST_PLACES = 4096  # that a program looks at together
@@ -179,43 +180,64 @@ def come(
     place: torch.Tensor,
     slot: torch.Tensor,
     run: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    score: tuple[torch.Tensor, torch.Tensor] | None,
+    score: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """See `kvfold.kernels.triton.come`."""
+    """Puts a token of each row, `k, v [R, 1, D]`, to `place [1] long` of a run, with that `slot [1] long`.
+
+    Args:
+        run: keys and values `[R, W, D]`, slots `[R, W] int32`.
+        score: `[R, N] float32`, the run's places the last W, and what the token begins with, `[R, 1] float32`.
+    """
     run_k, run_v, run_slots = run
     rows, run_width, head_dim = run_k.shape
     held, first = score or (None, None)
     num_places = 0 if held is None else held.shape[1]
-    come_kernel[(rows,)](
-        k.contiguous(),
-        v.contiguous(),
-        first,
-        run_k,
-        run_v,
-        run_slots,
-        held,
-        place,
-        slot,
-        run_k.stride(0),
-        run_width,
-        num_places - run_width,
-        num_places,
-        HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        SCORED=held is not None,
-    )
+    with current(k.device):
+        come_kernel[(rows,)](
+            k.contiguous(),
+            v.contiguous(),
+            first,
+            run_k,
+            run_v,
+            run_slots,
+            held,
+            place,
+            slot,
+            run_k.stride(0),
+            run_width,
+            num_places - run_width,
+            num_places,
+            HEAD_DIM=head_dim,
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            SCORED=held is not None,
+        )
 
 
 def leave(
     table: torch.Tensor,
     pool_slots: torch.Tensor,
     run_slots: torch.Tensor,
-    goes: torch.Tensor | None,
-    rank: tuple[torch.Tensor, torch.Tensor] | None,
-    score: tuple[torch.Tensor, torch.Tensor] | None,
-    moves: bool,
+    goes: torch.Tensor | None = None,
+    rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    score: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    moves: bool = False,
 ) -> torch.Tensor | None:
-    """See `kvfold.kernels.triton.leave`."""
+    """Lets a token of each row go, and the newest one into the place that it leaves.
+
+    Args:
+        table: `[R, C] long`, the blocks whose places come first.
+        pool_slots: `[P, T] int32`.
+        run_slots: `[R, W] int32`, of the places behind them; -1 where there is no token, here as there.
+        goes: `[1] long`, 0 where none has to; None where none ever has to.
+        rank: `[R, N] float32`, of which the lowest goes, of equals the oldest; and `[1] long`, the slot from which on tokens go
+            only before what ranks as infinite. None: the oldest.
+        score: `[R, N] float32` twice: becomes the second one, the newest token's at its new place.
+        moves: whether the newest token, alone in its run, goes into the blocks: where one left, or to the first free place.
+
+    Returns:
+        With `moves`, `[R] long`: where in the pool the newest token belongs (block * T + place), or -1 where it is gone itself.
+    """
     rows, num_columns = table.shape
     run_width, tokens = run_slots.shape[1], pool_slots.shape[1] if num_columns else 1
     num_places = num_columns * tokens + run_width
@@ -223,31 +245,32 @@ def leave(
     held, fresh = score or (None, None)
     address = torch.empty(rows, dtype=torch.long, device=table.device) if moves else None
     block = min(_MOST_PLACES, triton.next_power_of_2(num_places))
-    leave_kernel[(rows,)](
-        ranks,
-        fresh,
-        held,
-        table.contiguous(),
-        pool_slots,
-        run_slots,
-        goes,
-        first_recent,
-        address,
-        num_columns,
-        run_width,
-        TOKENS=tokens,
-        BLOCK=block,
-        RANKED=ranks is not None,
-        SCORED=held is not None,
-        LEAVES=goes is not None,
-        MOVES=moves,
-        num_warps=4 if block <= 1024 else 8,
-    )
+    with current(table.device):
+        leave_kernel[(rows,)](
+            ranks,
+            fresh,
+            held,
+            table.contiguous(),
+            pool_slots,
+            run_slots,
+            goes,
+            first_recent,
+            address,
+            num_columns,
+            run_width,
+            TOKENS=tokens,
+            BLOCK=block,
+            RANKED=ranks is not None,
+            SCORED=held is not None,
+            LEAVES=goes is not None,
+            MOVES=moves,
+            num_warps=4 if block <= 1024 else 8,
+        )
     return address
 
 
 def exchange(fields: list[tuple[torch.Tensor, torch.Tensor]], address: torch.Tensor) -> None:
-    """See `kvfold.kernels.triton.exchange`."""
+    """Line `address[r]` of each field `[n, *]` changes places with line r of what is new, `[R, *]`; -1: nothing happens."""
     for first in range(0, len(fields), _FIELDS):
         given: list[torch.Tensor | int] = []
         some = fields[first : first + _FIELDS]
@@ -258,4 +281,5 @@ def exchange(fields: list[tuple[torch.Tensor, torch.Tensor]], address: torch.Ten
             given += [held.view(torch.uint8), new.view(torch.uint8), num_bytes]
         given += given[:3] * (_FIELDS - len(some))  # which nobody looks at
         widest = max(x for x in given if isinstance(x, int))
-        exchange_kernel[(len(address), len(some))](*given, address, BLOCK=triton.next_power_of_2(widest))
+        with current(address.device):
+            exchange_kernel[(len(address), len(some))](*given, address, BLOCK=triton.next_power_of_2(widest))
